@@ -1,0 +1,1 @@
+"""The Lessor agent: runs leased jobs on a GPU host."""

@@ -1,0 +1,1 @@
+"""Runtimes: how a job is executed on or behind this host."""

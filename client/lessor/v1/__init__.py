@@ -1,0 +1,1 @@
+"""Generated from proto/lessor/v1; never edited."""

@@ -1,0 +1,1 @@
+"""The Lessor server: holds all job state in Postgres and leases GPUs to jobs."""
