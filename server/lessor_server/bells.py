@@ -1,0 +1,93 @@
+"""Bells: how one task of a replica tells others that there is something new.
+
+A bell carries no data: whoever hears it looks in the database. A missed ring
+costs a poll interval, never a change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Iterator
+
+
+class Bell:
+    """Counts rings; a waiter names the count it has seen, so that no ring falls between look and wait."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._waiters: set[asyncio.Future[None]] = set()
+
+    def ring(self) -> None:
+        """Wakes all waiters. Call it on the event loop's thread."""
+        self.count += 1
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def wait(self, seen: int, timeout_s: float) -> int:
+        """Returns the count as soon as it is not ``seen`` any more, or after ``timeout_s`` seconds."""
+        if self.count != seen:
+            return self.count
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            await asyncio.wait_for(waiter, timeout_s)
+        except asyncio.TimeoutError:
+            pass
+        finally:
+            self._waiters.discard(waiter)
+        return self.count
+
+
+class KeyedBells:
+    """A bell per key, kept only while somebody listens."""
+
+    def __init__(self) -> None:
+        self._bells: dict[int, tuple[Bell, int]] = {}
+
+    def ring(self, key: int) -> None:
+        """Wakes the listeners of ``key``, if there are any."""
+        if key in self._bells:
+            self._bells[key][0].ring()
+
+    @contextmanager
+    def listen(self, key: int) -> Iterator[Bell]:
+        """Keeps the bell of ``key`` while the block runs."""
+        bell, listeners = self._bells.get(key, (Bell(), 0))
+        self._bells[key] = (bell, listeners + 1)
+        try:
+            yield bell
+        finally:
+            bell, listeners = self._bells[key]
+            if listeners == 1:
+                del self._bells[key]
+            else:
+                self._bells[key] = (bell, listeners - 1)
+
+
+@dataclass(slots=True)
+class Bells:
+    """The bells of one replica."""
+
+    planning: Bell = field(default_factory=Bell)
+    """There may be something to place: a submit, an end, a new agent, a changed queue."""
+    events: Bell = field(default_factory=Bell)
+    """Rows of ``event`` were committed."""
+    grants: Bell = field(default_factory=Bell)
+    """Leases were granted or revoked, perhaps for agents of this replica."""
+    logs: KeyedBells = field(default_factory=KeyedBells)
+    """By job number: log bytes of the job were committed, or an attempt of it began or ended."""
+    progress: KeyedBells = field(default_factory=KeyedBells)
+    """By job number: progress of the job was stored."""
+    on_changed: Callable[[], None] = lambda: None
+    """Called by :meth:`changed`; the wake-up of other replicas hangs here."""
+
+    def changed(self) -> None:
+        """Says that jobs changed state: watchers and the planner look, here and on the other replicas."""
+        self.planning.ring()
+        self.events.ring()
+        self.grants.ring()
+        self.on_changed()

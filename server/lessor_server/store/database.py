@@ -1,0 +1,221 @@
+"""Connections to Postgres.
+
+Two doors to one database: asyncpg's own pool for the contended statements of
+``sql/``, whose batches are its field, and a SQLAlchemy engine for the rest.
+Database work runs in tasks of the server, never inside an RPC handler's own
+task: a cancelled stream must not cancel a commit (see :mod:`.batch`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import asyncpg
+from sqlalchemy import exc as sqlalchemy_errors
+from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from lessor_server.domain.errors import DatabaseUnavailable
+from lessor_server.store.statements import statement
+
+T = TypeVar("T")
+
+# What every connection of the server asks of Postgres: a forgotten transaction
+# or a lock that is not had in time ends the statement, not the service.
+SESSION_SETTINGS = {
+    "application_name": "lessor",
+    "idle_in_transaction_session_timeout": "10s",
+    "lock_timeout": "10s",
+    "tcp_user_timeout": "10000",
+    "jit": "off",
+    "timezone": "UTC",
+}
+
+# A connection that is gone, a server that stops or starts, or a standby.
+_UNAVAILABLE = (
+    OSError,
+    asyncio.TimeoutError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.TooManyConnectionsError,
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.LockNotAvailableError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
+)
+# A statement that Postgres gave up for another's sake: run it again.
+_RETRY = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
+_ATTEMPTS = 5
+
+
+def plain_url(url: str) -> str:
+    """Returns a database URL without a SQLAlchemy driver name, as asyncpg takes it.
+
+    Raises:
+        ValueError: It is not a PostgreSQL URL.
+    """
+    if url.startswith("postgres://"):
+        url = "postgresql://" + url.removeprefix("postgres://")
+    try:
+        parsed = make_url(url)
+    except sqlalchemy_errors.ArgumentError:
+        raise ValueError(f"{url!r} is not a database URL; expected postgresql://user@host:port/name") from None
+    if parsed.get_backend_name() != "postgresql":
+        raise ValueError(f"{url!r} is not a PostgreSQL URL; expected postgresql://user@host:port/name")
+    return parsed.set(drivername="postgresql").render_as_string(hide_password=False)
+
+
+def sqlalchemy_url(url: str) -> str:
+    """Returns ``url`` with the driver name that SQLAlchemy needs for asyncpg."""
+    return "postgresql+asyncpg://" + plain_url(url).removeprefix("postgresql://")
+
+
+class Database:
+    """The pools of one server process. Made by :meth:`connect`, ended by :meth:`close`."""
+
+    def __init__(self, url: str, pool: asyncpg.Pool, engine: AsyncEngine) -> None:
+        self.url = url
+        self.pool = pool
+        self._engine = engine
+
+    @classmethod
+    async def connect(cls, url: str, *, pool_size: int = 10) -> Database:
+        """Opens the pools.
+
+        Raises:
+            ValueError: The URL is not one of PostgreSQL.
+            DatabaseUnavailable: Nobody answers there, or it refuses us.
+        """
+        url = plain_url(url)
+        try:
+            pool = await asyncpg.create_pool(
+                url,
+                min_size=2,
+                max_size=pool_size,
+                max_inactive_connection_lifetime=300,
+                server_settings=SESSION_SETTINGS,
+                timeout=5,
+                command_timeout=60,
+            )
+        except _UNAVAILABLE as error:
+            raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
+        except asyncpg.PostgresError as error:
+            raise DatabaseUnavailable(str(error)) from error
+        engine = create_async_engine(
+            sqlalchemy_url(url),
+            pool_size=pool_size,
+            max_overflow=0,
+            pool_timeout=10,
+            pool_recycle=300,
+            connect_args={"server_settings": SESSION_SETTINGS, "timeout": 5, "command_timeout": 60},
+        )
+        return cls(url, pool, engine)
+
+    async def close(self) -> None:
+        """Closes the pools; statements under way are waited for, at most 5 s."""
+        try:
+            await asyncio.wait_for(self.pool.close(), 5)
+        except TimeoutError:
+            self.pool.terminate()
+        await self._engine.dispose()
+
+    async def fetch(self, name: str, /, **values: Any) -> list[asyncpg.Record]:
+        """Runs the statement ``sql/<name>.sql`` in its own transaction and returns its rows.
+
+        A deadlock or serialization failure is tried again.
+
+        Raises:
+            DatabaseUnavailable: The connection failed; the outcome is unknown.
+            asyncpg.DataError: A value cannot be stored.
+        """
+        query = statement(name)
+        arguments = query.arguments(values)
+
+        async def run() -> list[asyncpg.Record]:
+            return await self.pool.fetch(query.text, *arguments)
+
+        return await guarded(run)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        """Opens a transaction of several statements on one connection.
+
+        Raises:
+            DatabaseUnavailable: The connection failed; the outcome is unknown.
+        """
+        try:
+            async with self.pool.acquire() as connection, connection.transaction():
+                yield Transaction(connection)
+        except _UNAVAILABLE as error:
+            raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncConnection]:
+        """Opens a SQLAlchemy transaction, for the statements that are not contended.
+
+        Raises:
+            DatabaseUnavailable: The connection failed; the outcome is unknown.
+        """
+        try:
+            async with self._engine.begin() as connection:
+                yield connection
+        except sqlalchemy_errors.DBAPIError as error:
+            cause = error.orig.__cause__ if error.orig is not None else None
+            if error.connection_invalidated or isinstance(cause, _UNAVAILABLE):
+                raise DatabaseUnavailable(str(cause or error.orig)) from error
+            raise
+        except (sqlalchemy_errors.TimeoutError, *_UNAVAILABLE) as error:
+            raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """Opens a SQLAlchemy connection in autocommit: one statement, one snapshot, one round trip.
+
+        Raises:
+            DatabaseUnavailable: The connection failed.
+        """
+        try:
+            async with self._engine.connect() as connection:
+                yield await connection.execution_options(isolation_level="AUTOCOMMIT")
+        except sqlalchemy_errors.DBAPIError as error:
+            cause = error.orig.__cause__ if error.orig is not None else None
+            if error.connection_invalidated or isinstance(cause, _UNAVAILABLE):
+                raise DatabaseUnavailable(str(cause or error.orig)) from error
+            raise
+        except (sqlalchemy_errors.TimeoutError, *_UNAVAILABLE) as error:
+            raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
+
+
+class Transaction:
+    """Statements of ``sql/`` in one transaction."""
+
+    def __init__(self, connection: asyncpg.Connection | Any) -> None:
+        self.connection = connection
+
+    async def fetch(self, name: str, /, **values: Any) -> list[asyncpg.Record]:
+        """Runs ``sql/<name>.sql`` and returns its rows."""
+        query = statement(name)
+        rows: list[asyncpg.Record] = await self.connection.fetch(query.text, *query.arguments(values))
+        return rows
+
+
+async def guarded(run: Callable[[], Awaitable[T]]) -> T:
+    """Runs one autocommit statement; tries again after a deadlock, names an outage.
+
+    Raises:
+        DatabaseUnavailable: The connection failed; the outcome is unknown.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            return await run()
+        except _RETRY as error:
+            if attempt == _ATTEMPTS - 1:
+                raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
+        except _UNAVAILABLE as error:
+            raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
+    raise AssertionError("unreachable")

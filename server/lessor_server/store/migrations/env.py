@@ -1,0 +1,9 @@
+"""Runs migrations on the connection that ``lessor_server.store.migrate`` hands over."""
+
+from __future__ import annotations
+
+from alembic import context
+
+context.configure(connection=context.config.attributes["connection"], transaction_per_migration=False)
+with context.begin_transaction():
+    context.run_migrations()

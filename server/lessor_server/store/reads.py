@@ -1,0 +1,54 @@
+"""Reads that a cancelled caller cannot cut off.
+
+A stream handler is cancelled whenever its client goes away. Were the read it
+waits for cancelled with it, its connection would be left in the middle of an
+answer; so every read runs in a task of its own, to its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+from sqlalchemy import Executable, Row
+
+from lessor_server.store.database import Database
+
+T = TypeVar("T")
+Rows: TypeAlias = Sequence[Row[*tuple[Any, ...]]]
+
+# The loop itself keeps no task alive.
+_running: set[asyncio.Task[Any]] = set()
+
+
+async def undisturbed(work: Coroutine[Any, Any, T]) -> T:
+    """Runs ``work`` to its end, even if the caller is cancelled; its error then goes to nobody.
+
+    ``work`` must be bounded in time: statements are, by the pool's command timeout.
+    """
+    task = asyncio.ensure_future(work)
+    _running.add(task)
+    task.add_done_callback(_forget)
+    return await asyncio.shield(task)
+
+
+def _forget(task: asyncio.Task[Any]) -> None:
+    _running.discard(task)
+    if not task.cancelled():
+        # Looked at, so that an error nobody waits for any more is not reported as never retrieved.
+        task.exception()
+
+
+async def rows(database: Database, query: Executable, parameters: Mapping[str, Any] | None = None) -> Rows:
+    """Returns the rows of one statement: one snapshot, one round trip.
+
+    Raises:
+        DatabaseUnavailable: The connection failed.
+    """
+
+    async def read() -> Rows:
+        async with database.read() as connection:
+            return (await connection.execute(query, parameters)).all()
+
+    return await undisturbed(read())
