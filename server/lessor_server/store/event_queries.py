@@ -52,6 +52,18 @@ class Event:
     states: list[int]
     attempts: list[int]
 
+    def only(self, indexes: list[int]) -> Event:
+        """Returns the event with just these of its changes."""
+        if len(indexes) == len(self.job_numbers):
+            return self
+        return Event(
+            self.position,
+            self.at,
+            [self.job_numbers[index] for index in indexes],
+            [self.states[index] for index in indexes],
+            [self.attempts[index] for index in indexes],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class EventPage:
@@ -66,6 +78,8 @@ class EventPage:
     """There are rows at or above the horizon: look again soon."""
     floor: Position
     """Rows up to here may have been removed by retention."""
+    horizon: int
+    """The oldest transaction still running."""
     newest: int
     """Transactions from this xid on had not begun."""
 
@@ -158,7 +172,7 @@ async def read_events(database: Database, after: Position, max_events: int) -> E
     full = len(events) == max_events
     # No row has the number 0: (xmin, 0) is before everything that is still to come.
     reached = events[-1].position if full else max(after, Position(xmin, 0))
-    return EventPage(events, reached, full, above, Position(floor_xid, floor_id), xmax)
+    return EventPage(events, reached, full, above, Position(floor_xid, floor_id), xmin, xmax)
 
 
 @cache

@@ -1,9 +1,8 @@
-"""Reads and writes of the fleet: agents, GPUs, leases, queues; and what a planning cycle is given."""
+"""The fleet as the planner is given it: agents and what is free on them, queues, the jobs that wait."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cache
@@ -22,25 +21,22 @@ from sqlalchemy import (
     case,
     cast,
     func,
-    insert,
     literal_column,
     or_,
     select,
     true,
     tuple_,
     union_all,
-    update,
 )
-from sqlalchemy.exc import IntegrityError
 
 from lessor.lifecycle import LeasePhase
-from lessor.timing import SESSION_FRESH_INTERVALS, margin
-from lessor_server.domain.errors import QueueExists
+from lessor.timing import SESSION_FRESH_INTERVALS
 from lessor_server.planner.model import Agent, Candidate, Gpu, Group, Queue
 from lessor_server.store import tables as t
 from lessor_server.store.catalog import Catalog
 from lessor_server.store.database import Database
-from lessor_server.store.reads import rows, undisturbed
+from lessor_server.store.fleet_status import queues_query
+from lessor_server.store.reads import rows
 
 # A draining lease has given back what it held: only its log is on the way.
 _HOLDS = t.lease.c.phase < int(LeasePhase.DRAINING)
@@ -70,62 +66,6 @@ class AgentRow:
     offers: int
     cpu_millis_used: int
     memory_bytes_used: int
-
-
-@dataclass(frozen=True, slots=True)
-class GpuRow:
-    """A GPU and who holds it."""
-
-    uuid: str
-    agent: str
-    index: int
-    model: str
-    memory_bytes: int
-    lease_id: int | None
-    job_number: int | None
-    utilization_percent: int
-    memory_used_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseRow:
-    """A live lease."""
-
-    lease_id: int
-    job_number: int
-    attempt: int
-    phase: int
-    agent: str
-    gpu_uuids: list[str]
-    granted_at: datetime
-    ttl_ms: int
-    renewed_at: int
-    """Of its session, in ms of lease time."""
-    clock: int
-    """Lease time now, in ms."""
-    cancel_requested: bool
-
-    @property
-    def time_left(self) -> timedelta:
-        """Lease time until it may expire if no renewal comes; negative: it is due."""
-        ttl = timedelta(milliseconds=self.ttl_ms)
-        return ttl + margin(ttl) - timedelta(milliseconds=self.clock - self.renewed_at)
-
-
-@dataclass(frozen=True, slots=True)
-class QueueRow:
-    """A queue and its counters."""
-
-    id: int
-    name: str
-    paused: bool
-    max_running: int | None
-    max_gpus: int | None
-    queued: int
-    """Jobs waiting, those in backoff included."""
-    running: int
-    """Leases that hold something."""
-    gpus: int
 
 
 # ---------------------------------------------------------------- agents
@@ -212,172 +152,6 @@ async def read_agent(database: Database, named: str) -> AgentRow | None:
     return by_id or max(found, key=lambda agent: agent.connected_at, default=None)
 
 
-async def set_drained(database: Database, agent_id: str, drained: bool) -> bool:
-    """Drains an agent or puts it back. Returns False when it is gone."""
-
-    async def write() -> bool:
-        async with database.begin() as connection:
-            done = await connection.execute(update(t.agent).where(t.agent.c.id == agent_id).values(drained=drained))
-            return done.rowcount == 1
-
-    return await undisturbed(write())
-
-
-# ---------------------------------------------------------------- GPUs and leases
-
-
-@cache
-def _gpus_query(one: bool) -> Select[Any]:
-    gpu, held, agent = t.gpu, t.lease_gpu, t.agent
-    query = (
-        select(
-            gpu.c.uuid,
-            agent.c.name,
-            gpu.c.index,
-            gpu.c.model,
-            gpu.c.memory_bytes,
-            held.c.lease_id,
-            held.c.job_id,
-            gpu.c.utilization_percent,
-            gpu.c.memory_used_bytes,
-        )
-        .select_from(
-            gpu.join(agent, agent.c.id == gpu.c.agent_id).outerjoin(
-                held, and_(held.c.agent_id == gpu.c.agent_id, held.c.gpu_uuid == gpu.c.uuid)
-            )
-        )
-        .order_by(agent.c.name, agent.c.id, gpu.c.index)
-    )
-    return query.where(agent.c.id == bindparam("agent_id", type_=Text)) if one else query
-
-
-async def read_gpus(database: Database, agent_id: str | None) -> list[GpuRow]:
-    """Returns the GPUs of one agent, or of all, by agent and index."""
-    parameters = None if agent_id is None else {"agent_id": agent_id}
-    return [GpuRow(*tuple(row)) for row in await rows(database, _gpus_query(agent_id is not None), parameters)]
-
-
-@cache
-def _leases_query(one: bool) -> Select[Any]:
-    lease, agent = t.lease, t.agent
-    query = (
-        select(
-            lease.c.lease_id,
-            lease.c.job_id,
-            lease.c.attempt,
-            lease.c.phase,
-            func.coalesce(agent.c.name, lease.c.agent_id),
-            lease.c.gpu_uuids,
-            lease.c.granted_at,
-            lease.c.ttl_ms,
-            t.session.c.renewed_at,
-            t.leader.c.clock,
-            lease.c.cancel_requested,
-        )
-        .select_from(
-            lease.join(t.leader, true())
-            .join(t.session, t.session.c.id == lease.c.session_id)
-            .outerjoin(agent, agent.c.id == lease.c.agent_id)
-        )
-        .where(lease.c.lease_id > bindparam("after", type_=BigInteger))
-        .order_by(lease.c.lease_id)
-        .limit(bindparam("count", type_=Integer))
-    )
-    return query.where(lease.c.agent_id == bindparam("agent_id", type_=Text)) if one else query
-
-
-async def read_leases(database: Database, agent_id: str | None, after: int, count: int) -> list[LeaseRow]:
-    """Returns live leases with a lease_id above ``after``, of one agent or of all, by lease_id, at most ``count``."""
-    parameters: dict[str, Any] = {"after": after, "count": count}
-    if agent_id is not None:
-        parameters["agent_id"] = agent_id
-    return [LeaseRow(*tuple(row)) for row in await rows(database, _leases_query(agent_id is not None), parameters)]
-
-
-# ---------------------------------------------------------------- queues
-
-
-def _holdings_by_queue() -> Any:
-    return (
-        select(
-            t.lease.c.queue_id,
-            func.count().label("running"),
-            func.sum(func.cardinality(t.lease.c.gpu_uuids)).label("gpus"),
-        )
-        .where(_HOLDS)
-        .group_by(t.lease.c.queue_id)
-        .subquery("holdings")
-    )
-
-
-@cache
-def _queues_query(counted: bool, one: bool) -> Select[Any]:
-    queue, holdings = t.queue, _holdings_by_queue()
-    waiting: ColumnElement[Any] = literal_column("0", BigInteger)
-    if counted:
-        waiting = (
-            select(func.count()).select_from(t.ready).where(t.ready.c.queue_id == queue.c.id).scalar_subquery()
-            + select(func.count()).select_from(t.delayed).where(t.delayed.c.queue_id == queue.c.id).scalar_subquery()
-        )
-    query = (
-        select(
-            queue.c.id,
-            queue.c.name,
-            queue.c.paused,
-            queue.c.max_running,
-            queue.c.max_gpus,
-            waiting.label("queued"),
-            cast(func.coalesce(holdings.c.running, 0), BigInteger),
-            cast(func.coalesce(holdings.c.gpus, 0), BigInteger),
-        )
-        .select_from(queue.outerjoin(holdings, holdings.c.queue_id == queue.c.id))
-        .order_by(queue.c.name)
-    )
-    return query.where(queue.c.name == bindparam("name", type_=Text)) if one else query
-
-
-async def read_queues(database: Database) -> list[QueueRow]:
-    """Returns all queues with their counters, by name."""
-    return [QueueRow(*tuple(row)) for row in await rows(database, _queues_query(True, False))]
-
-
-async def read_queue(database: Database, name: str) -> QueueRow | None:
-    """Returns one queue with its counters; None: there is none of this name."""
-    found = await rows(database, _queues_query(True, True), {"name": name})
-    return QueueRow(*tuple(found[0])) if found else None
-
-
-async def create_queue(
-    database: Database, name: str, *, paused: bool, max_running: int | None, max_gpus: int | None
-) -> None:
-    """Makes a queue.
-
-    Raises:
-        QueueExists: There is one of this name.
-    """
-    values = {"name": name, "paused": paused, "max_running": max_running, "max_gpus": max_gpus}
-
-    async def write() -> None:
-        async with database.begin() as connection:
-            await connection.execute(insert(t.queue).values(**values))
-
-    try:
-        await undisturbed(write())
-    except IntegrityError:
-        raise QueueExists(name) from None
-
-
-async def update_queue(database: Database, name: str, changes: Mapping[str, Any]) -> bool:
-    """Sets columns (paused, max_running, max_gpus) of a queue. Returns False when there is none of this name."""
-
-    async def write() -> bool:
-        async with database.begin() as connection:
-            done = await connection.execute(update(t.queue).where(t.queue.c.name == name).values(**changes))
-            return done.rowcount == 1
-
-    return await undisturbed(write())
-
-
 # ---------------------------------------------------------------- what a planning cycle is given
 
 
@@ -416,7 +190,7 @@ async def load_fleet(database: Database) -> list[Agent]:
         if row.held:
             held[row.agent_id].add(row.uuid)
         else:
-            gpus[row.agent_id].append(Gpu(row.uuid, row.index, row.model, row.memory_bytes))
+            gpus[row.agent_id].append(Gpu(row[1], row[2], row[3], row[4]))
     return [_planner_agent(row, gpus[row.id], held[row.id]) for row in found]
 
 
@@ -446,7 +220,7 @@ async def load_queues(database: Database) -> dict[int, Queue]:
     """Returns queue_id → queue with what of its limits is used, for the planner."""
     return {
         row[0]: Queue(row[0], row[1], row[2], row[3], row[4], running=row[6], gpus=row[7])
-        for row in await rows(database, _queues_query(False, False))
+        for row in await rows(database, queues_query(False, False))
     }
 
 
@@ -464,7 +238,7 @@ def groups_query() -> Select[Any]:
         .limit(1)
         .subquery("first")
     )
-    groups = select(first).cte("groups", recursive=True)
+    groups = select(first.subquery("first")).cte("groups", recursive=True)
     hop = (
         select(after.c.queue_id, after.c.shape_id)
         .where(tuple_(after.c.queue_id, after.c.shape_id) > tuple_(groups.c.queue_id, groups.c.shape_id))

@@ -12,7 +12,7 @@ WITH run AS MATERIALIZED (
     WHERE EXISTS (
         SELECT FROM lease AS l
         WHERE l.job_id = i.job_id AND l.lease_id = i.lease_id AND l.agent_id = i.agent_id
-    ) OR EXISTS (
+        UNION ALL
         SELECT FROM attempt AS a
         WHERE a.job_id = i.job_id AND a.lease_id = i.lease_id AND a.agent_id = i.agent_id
     )

@@ -1,0 +1,1 @@
+"""Who runs what, where: pure functions from a snapshot of the fleet and the queues to grants and reasons."""

@@ -1,0 +1,106 @@
+"""Group commit: batches, order, and errors that hit only whom they concern."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import asyncpg
+import pytest
+
+from lessor_server.domain.errors import DatabaseUnavailable, Stopping
+from lessor_server.store.group_commit import GroupCommit
+
+
+class Sink:
+    """Commits numbers; each commit waits for ``gate``. -1 cannot be stored."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.error: Exception | None = None
+
+    async def flush(self, items: Sequence[int]) -> list[int]:
+        self.batches.append(list(items))
+        await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+        if -1 in items:
+            raise asyncpg.DataError("cannot be stored")
+        return [item * 2 for item in items]
+
+
+async def test_what_comes_in_during_a_commit_rides_the_next() -> None:
+    sink = Sink()
+    commit: GroupCommit[int, int] = GroupCommit("test", sink.flush, max_items=100)
+    commit.start()
+    sink.gate.clear()
+    futures = [commit.submit(0)]
+    while not sink.batches:
+        await asyncio.sleep(0)
+    futures += [commit.submit(n) for n in range(1, 10)]
+    sink.gate.set()
+    assert await asyncio.gather(*futures) == [n * 2 for n in range(10)]
+    assert sink.batches == [[0], list(range(1, 10))]
+    await commit.close()
+
+
+async def test_a_bad_item_fails_alone() -> None:
+    sink = Sink()
+    commit: GroupCommit[int, int] = GroupCommit("test", sink.flush, max_items=100)
+    futures = [commit.submit(n) for n in (1, 2, -1, 3, 4)]
+    commit.start()
+    results = await asyncio.gather(*futures, return_exceptions=True)
+    assert [r for r in results if isinstance(r, int)] == [2, 4, 6, 8]
+    assert isinstance(results[2], asyncpg.DataError)
+    await commit.close()
+
+
+async def test_an_outage_is_told_to_all_of_the_batch_and_the_next_goes_on() -> None:
+    sink = Sink()
+    commit: GroupCommit[int, int] = GroupCommit("test", sink.flush, max_items=100)
+    commit.start()
+    sink.error = DatabaseUnavailable("gone")
+    results = await asyncio.gather(commit.submit(1), commit.submit(2), return_exceptions=True)
+    assert [type(r) for r in results] == [DatabaseUnavailable] * 2
+    sink.error = None
+    assert await commit.submit(3) == 6
+    await commit.close()
+
+
+async def test_a_caller_that_goes_away_cancels_nothing() -> None:
+    sink = Sink()
+    commit: GroupCommit[int, int] = GroupCommit("test", sink.flush, max_items=100)
+    commit.start()
+    sink.gate.clear()
+    caller = asyncio.create_task(commit.commit(1))
+    while not sink.batches:
+        await asyncio.sleep(0)
+    caller.cancel()
+    other = commit.submit(2)
+    sink.gate.set()
+    assert await other == 4
+    assert sink.batches == [[1], [2]]
+    await commit.close()
+
+
+async def test_batches_keep_within_items_and_weight() -> None:
+    sink = Sink()
+    commit: GroupCommit[int, int] = GroupCommit("test", sink.flush, max_items=3, weight=lambda n: n, max_weight=10)
+    futures = [commit.submit(n) for n in (1, 1, 1, 1, 20, 6, 6)]
+    commit.start()
+    await asyncio.gather(*futures)
+    assert sink.batches == [[1, 1, 1], [1], [20], [6], [6]]
+    await commit.close()
+
+
+async def test_closing_commits_what_was_accepted_and_refuses_the_rest() -> None:
+    sink = Sink()
+    commit: GroupCommit[int, int] = GroupCommit("test", sink.flush, max_items=100)
+    commit.start()
+    accepted = commit.submit(1)
+    await commit.close()
+    assert await accepted == 2
+    with pytest.raises(Stopping):
+        await commit.submit(2)
