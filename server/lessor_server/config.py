@@ -1,0 +1,67 @@
+"""The server's settings, from flags and ``LESSOR_SERVER_*`` variables; flags win."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from datetime import timedelta
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from lessor.address import DEFAULT_ADDRESS, Address, parse_address
+from lessor.errors import InvalidArgument
+from lessor.log import LogFormat
+from lessor_server.maintenance.housekeeping import Retention
+
+
+class ServerSettings(BaseSettings):
+    """Settings of one server process."""
+
+    model_config = SettingsConfigDict(env_prefix="LESSOR_SERVER_", extra="ignore")
+
+    database_url: str = ""
+    """postgresql://user:password@host:port/name"""
+    listen: str = DEFAULT_ADDRESS
+    """host:port; port 0 takes a free one."""
+    insecure: bool = False
+    """Listen on an address that others can reach, without encryption."""
+    pool_size: int = Field(default=10, ge=4, le=200)
+    """Most connections of each of the two pools."""
+    log_format: LogFormat = "console"
+    log_level: str = "info"
+    keep_jobs_days: int = Field(default=90, ge=1)
+    """Ended jobs, their attempts and logs are kept this long."""
+
+    @property
+    def retention(self) -> Retention:
+        """How long what has ended is kept."""
+        return Retention(jobs=timedelta(days=self.keep_jobs_days))
+
+
+class ListenError(ValueError):
+    """The address to listen on cannot be used; the message says what to change."""
+
+
+def parse_listen(listen: str, *, insecure: bool) -> Address:
+    """Returns the address to listen on, once it is one that others cannot reach, or that is meant to be reached.
+
+    Raises:
+        ListenError: It is no address, names no host, or is not loopback and ``insecure`` is not set.
+    """
+    try:
+        address = parse_address(listen, field="--listen")
+    except InvalidArgument as error:
+        raise ListenError(str(error)) from None
+    if insecure:
+        return address
+    try:
+        reached = {entry[4][0] for entry in socket.getaddrinfo(address.host, None)}
+    except OSError as error:
+        raise ListenError(f"--listen {listen!r}: {address.host!r} cannot be resolved ({error.strerror})") from None
+    if not all(ipaddress.ip_address(one).is_loopback for one in reached):
+        raise ListenError(
+            f"--listen {listen!r} can be reached by other hosts and the traffic would not be encrypted: "
+            "listen on 127.0.0.1, or add --insecure on a network you trust"
+        )
+    return address

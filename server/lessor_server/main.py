@@ -1,0 +1,135 @@
+"""``lessor server``: runs a server, or migrates its database."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from typing import Annotated, Any
+
+import typer
+import uvloop
+from pydantic import ValidationError
+
+from lessor import log
+from lessor_server.config import ListenError, ServerSettings
+from lessor_server.domain.errors import LessorServerError
+
+logger = logging.getLogger(__name__)
+
+app = typer.Typer(name="lessor server", add_completion=False, no_args_is_help=False, invoke_without_command=True)
+
+DatabaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        help="postgresql://user:password@host:port/name [env: LESSOR_SERVER_DATABASE_URL]", show_default=False
+    ),
+]
+
+
+class StartError(Exception):
+    """The server cannot start; the message says why and what to do."""
+
+
+def _settings(**flags: Any) -> ServerSettings:
+    try:
+        settings = ServerSettings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise StartError(f"{where}: {first['msg']} (got {first['input']!r})") from None
+    if not settings.database_url:
+        raise StartError(
+            "no database: give --database-url postgresql://user:password@host:port/name, "
+            "or set LESSOR_SERVER_DATABASE_URL; `lessor dev` brings its own"
+        )
+    return settings
+
+
+@app.callback()
+def serve(
+    context: typer.Context,
+    database_url: DatabaseUrl = None,
+    listen: Annotated[
+        str | None, typer.Option(help="HOST:PORT; port 0 takes a free one  [default: 127.0.0.1:7780]")
+    ] = None,
+    insecure: Annotated[
+        bool | None, typer.Option("--insecure", help="Listen where other hosts can reach it, without encryption.")
+    ] = None,
+    pool_size: Annotated[int | None, typer.Option(help="Database connections per pool  [default: 10]")] = None,
+    keep_jobs_days: Annotated[int | None, typer.Option(help="Keep ended jobs this long  [default: 90]")] = None,
+    log_format: Annotated[str | None, typer.Option(help="console or json  [default: console]")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error  [default: info]")] = None,
+) -> None:
+    """Runs a server on a migrated database, until SIGTERM or Ctrl-C."""
+    if context.invoked_subcommand is not None:
+        return
+    settings = _settings(
+        database_url=database_url,
+        listen=listen,
+        insecure=insecure,
+        pool_size=pool_size,
+        keep_jobs_days=keep_jobs_days,
+        log_format=log_format,
+        log_level=log_level,
+    )
+    log.configure(settings.log_format, settings.log_level)
+    uvloop.run(_serve(settings))
+
+
+@app.command("migrate")
+def migrate_command(database_url: DatabaseUrl = None) -> None:
+    """Brings the database to this version's schema. Running servers of the previous version go on."""
+    from lessor_server.store import migrate
+
+    settings = _settings(database_url=database_url)
+    migrate.upgrade(settings.database_url)
+    typer.echo(f"the database is at schema {migrate.head_revision()}")
+
+
+async def _serve(settings: ServerSettings) -> None:
+    # Imported here: `lessor server --help` and `migrate` need none of it.
+    from lessor_server.server import Server
+
+    server = Server(settings)
+    await server.start()
+    # Whoever started this process reads the port from here.
+    print(f"lessor server listens on {settings.listen.rpartition(':')[0]}:{server.port}", flush=True)
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    waiter = asyncio.create_task(stopped.wait())
+    failure = asyncio.create_task(server.failed())
+    done, _ = await asyncio.wait({waiter, failure}, return_when=asyncio.FIRST_COMPLETED)
+    waiter.cancel()
+    if failure in done:
+        failure.result()
+    failure.cancel()
+    await server.stop()
+
+
+def main(argv: list[str]) -> int:
+    """Runs ``lessor server`` with these arguments. Returns the exit code: 0, 1 (it cannot run) or 2 (usage)."""
+    try:
+        app(args=argv, prog_name="lessor server", standalone_mode=False)
+    except (StartError, ListenError, ValueError) as error:
+        return _fail(str(error), 2)
+    except LessorServerError as error:
+        return _fail(error.message, 1)
+    except typer.Exit as leave:
+        return leave.exit_code
+    except typer.Abort:
+        return 130
+    except Exception as error:
+        # Click's usage errors carry their own text and code.
+        if hasattr(error, "format_message"):
+            return _fail(error.format_message(), 2)
+        raise
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code

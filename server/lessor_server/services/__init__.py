@@ -1,0 +1,1 @@
+"""What the server does, behind the RPCs and the agent streams."""

@@ -1,0 +1,214 @@
+"""Submitting, cancelling and repeating jobs."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Sequence
+from datetime import datetime
+
+import asyncpg
+
+from lessor.ids import encode_job_id
+from lessor.v1 import job_pb2, job_service_pb2
+from lessor_server.bells import Bells
+from lessor_server.domain.errors import Contended, InvalidField, JobNotFound, JobNotTerminal, RequestIdReused
+from lessor_server.domain.states import JobState
+from lessor_server.services.submission import Submission, prepare_all
+from lessor_server.store.catalog import Catalog
+from lessor_server.store.database import Database, guarded
+from lessor_server.store.group_commit import GroupCommit
+from lessor_server.store.submit import JobRow, Request, Submitted, submit_batch, submit_deduped
+
+_CANCEL_TRIES = 5
+_MAX_JOBS_PER_BATCH = 10_000
+
+
+class Jobs:
+    """The writes of JobService. :meth:`start` it on the loop that uses it."""
+
+    def __init__(self, database: Database, catalog: Catalog, bells: Bells, *, now: datetime | None = None) -> None:
+        """``now`` stands still for tests; None: the database's clock."""
+        self._database = database
+        self._catalog = catalog
+        self._bells = bells
+        self._now = now
+        self._submits: GroupCommit[Request, Submitted | RequestIdReused] = GroupCommit(
+            "submit",
+            self._flush_submits,
+            max_items=1000,
+            workers=2,
+            weight=lambda request: len(request.jobs),
+            max_weight=_MAX_JOBS_PER_BATCH,
+        )
+
+    def start(self) -> None:
+        """Starts the group commit."""
+        self._submits.start()
+
+    async def close(self) -> None:
+        """Commits what was accepted, refuses what comes later."""
+        await self._submits.close()
+
+    async def submit(
+        self, principal: str, request_id: str, specs: Sequence[job_pb2.JobSpec], *, single: bool = False
+    ) -> Submitted:
+        """Stores jobs: all or none, once per (principal, request_id). Returning means committed.
+
+        Raises:
+            InvalidField: Fields of a spec do not go together.
+            QueueNotFound: A queue does not exist.
+            TooLarge: A spec has more than 1 MiB.
+            RequestIdReused: The request_id was used for something else.
+            DatabaseUnavailable: The outcome is unknown; repeating with the same request_id is safe.
+        """
+        request_id = request_id or str(uuid.uuid4())
+        submissions = prepare_all(specs, single=single)
+        jobs = [await self._row(submission) for submission in submissions]
+        request = Request(principal, request_id, _fingerprint([s.spec for s in submissions]), jobs)
+        if any(job.dedupe_key is not None for job in jobs):
+            submitted = await submit_deduped(self._database, request, self._now)
+            self._bells.changed()
+            return submitted
+        answer = await self._submits.commit(request)
+        if isinstance(answer, RequestIdReused):
+            raise answer
+        return answer
+
+    async def _row(self, submission: Submission, retry_of: int | None = None) -> JobRow:
+        return JobRow(
+            queue_id=await self._catalog.queue_id(submission.queue),
+            shape_id=await self._catalog.shape_id(submission.shape),
+            priority=submission.priority,
+            name=submission.name,
+            labels_json=submission.labels_json,
+            spec=submission.spec,
+            ttl_ms=submission.ttl_ms,
+            start_timeout_ms=submission.start_timeout_ms,
+            queue_timeout_ms=submission.queue_timeout_ms,
+            max_failures=submission.max_failures,
+            max_losses=submission.max_losses,
+            backoff_initial_ms=submission.backoff_initial_ms,
+            backoff_max_ms=submission.backoff_max_ms,
+            retry_of=retry_of,
+            dedupe_key=submission.dedupe_key,
+        )
+
+    async def _flush_submits(self, requests: Sequence[Request]) -> list[Submitted | RequestIdReused]:
+        answers = await submit_batch(self._database, requests, self._now)
+        self._bells.changed()
+        return answers
+
+    async def cancel(self, job_numbers: Sequence[int]) -> list[int]:
+        """Asks for jobs to be cancelled. Returns a CancelResult number per job, in order.
+
+        A job changes tables while we look: each place is tried in a statement of
+        its own, until one hits.
+
+        Raises:
+            Contended: A job was never where we looked.
+            DatabaseUnavailable: The outcome is unknown; repeating is safe.
+        """
+        results: dict[int, int] = {}
+        for _ in range(_CANCEL_TRIES):
+            await self._cancel_waiting(_missing(job_numbers, results), results)
+            await self._cancel_leased(_missing(job_numbers, results), results)
+            await self._look_for_ended(_missing(job_numbers, results), results)
+            if not _missing(job_numbers, results):
+                self._bells.changed()
+                return [results[number] for number in job_numbers]
+        raise Contended(encode_job_id(_missing(job_numbers, results)[0]), _CANCEL_TRIES)
+
+    async def _cancel_waiting(self, numbers: list[int], results: dict[int, int]) -> None:
+        rows = await self._database.fetch(
+            "cancel_waiting",
+            job_ids=numbers,
+            now=self._now,
+            outcome=job_pb2.OUTCOME_CANCELLED,
+            final_state=JobState.CANCELLED,
+            error=None,
+        )
+        results.update((row["job_id"], job_service_pb2.CANCEL_RESULT_CANCELLED) for row in rows)
+        for row in rows:
+            self._bells.logs.ring(row["job_id"])
+
+    async def _cancel_leased(self, numbers: list[int], results: dict[int, int]) -> None:
+        rows = await self._database.fetch("cancel_leased", job_ids=numbers)
+        results.update((row["job_id"], job_service_pb2.CANCEL_RESULT_REQUESTED) for row in rows)
+
+    async def _look_for_ended(self, numbers: list[int], results: dict[int, int]) -> None:
+        rows = await self._fetch(
+            "SELECT n.id, j.id IS NULL AS unknown, a.job_id IS NOT NULL AS ended FROM unnest($1::bigint[]) AS n (id) "
+            "LEFT JOIN job AS j ON j.id = n.id LEFT JOIN attempt AS a ON a.job_id = n.id AND a.final_state IS NOT NULL",
+            numbers,
+        )
+        for row in rows:
+            if row["unknown"]:
+                results[row["id"]] = job_service_pb2.CANCEL_RESULT_NOT_FOUND
+            elif row["ended"]:
+                results[row["id"]] = job_service_pb2.CANCEL_RESULT_ALREADY_TERMINAL
+
+    async def retry(self, principal: str, request_id: str, job_number: int) -> int:
+        """Submits a new job from a terminal job's spec; a dedupe key moves to the new one.
+
+        Returns the new job's number.
+
+        Raises:
+            JobNotFound: There is no such job.
+            JobNotTerminal: It has not ended.
+            RequestIdReused: The request_id was used for something else.
+            DatabaseUnavailable: The outcome is unknown; repeating with the same request_id is safe.
+        """
+        rows = await self._fetch(
+            "SELECT j.spec, a.final_state FROM job AS j "
+            "LEFT JOIN attempt AS a ON a.job_id = j.id AND a.final_state IS NOT NULL WHERE j.id = $1",
+            job_number,
+        )
+        if not rows:
+            raise JobNotFound(encode_job_id(job_number))
+        if rows[0]["final_state"] is None:
+            raise JobNotTerminal(encode_job_id(job_number), await self._state(job_number))
+        spec = job_pb2.JobSpec.FromString(rows[0]["spec"])
+        try:
+            (submission,) = prepare_all([spec], single=True)
+        except InvalidField as error:
+            raise InvalidField([(f"job {encode_job_id(job_number)}: {f}", d) for f, d in error.violations]) from None
+        request = Request(
+            principal,
+            request_id or str(uuid.uuid4()),
+            _fingerprint([b"retry", str(job_number).encode()]),
+            [await self._row(submission, retry_of=job_number)],
+        )
+        if submission.dedupe_key is not None:
+            submitted = await submit_deduped(self._database, request, self._now, moved_from=job_number)
+            self._bells.changed()
+        else:
+            answer = await self._submits.commit(request)
+            if isinstance(answer, RequestIdReused):
+                raise answer
+            submitted = answer
+        return submitted.job_numbers[0]
+
+    async def _state(self, job_number: int) -> JobState:
+        rows = await self._fetch("SELECT phase FROM lease WHERE job_id = $1", job_number)
+        if not rows:
+            return JobState.QUEUED
+        return JobState.LEASED if rows[0]["phase"] <= 2 else JobState.RUNNING
+
+    async def _fetch(self, text: str, *arguments: object) -> list[asyncpg.Record]:
+        async def run() -> list[asyncpg.Record]:
+            return await self._database.pool.fetch(text, *arguments)
+
+        return await guarded(run)
+
+
+def _missing(numbers: Sequence[int], results: dict[int, int]) -> list[int]:
+    return sorted({number for number in numbers if number not in results})
+
+
+def _fingerprint(parts: Sequence[bytes]) -> bytes:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.digest()

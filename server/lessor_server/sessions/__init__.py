@@ -1,0 +1,1 @@
+"""Agents' streams: sessions, renewals, grants and revokes, what agents report."""
