@@ -3,7 +3,8 @@
 Three steps: compile to a descriptor set; drop the dependency on
 ``buf/validate/validate.proto`` (the rules stay in the options as bytes, where
 protovalidate reads them), so that clients need no such module; generate code
-and type stubs from what is left.
+and type stubs from what is left. Everything comes from the installed packages:
+no step reaches the network. See docs/adr/0001-generated-code-without-validate.md.
 
     python proto/generate.py            # write client/lessor/v1
     python proto/generate.py --check    # exit 1 if client/lessor/v1 differs
@@ -15,41 +16,29 @@ import argparse
 import filecmp
 import subprocess
 import sys
-import tarfile
 import tempfile
-from importlib.resources import files
 from pathlib import Path
 
-from google.protobuf import descriptor_pb2
+from google.protobuf import descriptor_pb2, duration_pb2, field_mask_pb2, timestamp_pb2
+from protovalidate._gen.buf.validate import validate_pb
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTO = ROOT / "proto"
-DEPS = ROOT / ".proto-deps"
 OUTPUT = ROOT / "client" / "lessor" / "v1"
 VALIDATE_PROTO = "buf/validate/validate.proto"
-# The sdist of protovalidate carries the proto file; its wheels do not.
-VALIDATE_SDIST = "protovalidate==2.1.0"
 
 
-def fetch_dependencies() -> None:
-    """Puts ``buf/validate/validate.proto`` below ``.proto-deps``, once."""
-    target = DEPS / VALIDATE_PROTO
-    if target.exists():
-        return
-    requirements = ROOT / "requirements" / "proto-deps.txt"
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:",
-             "--require-hashes", "--requirement", str(requirements), "--dest", folder],
-            check=True,
-        )  # fmt: skip
-        (archive,) = Path(folder).glob("protovalidate-*.tar.gz")
-        with tarfile.open(archive) as tar:
-            member = next(m for m in tar if m.name.endswith("/proto/" + VALIDATE_PROTO))
-            source = tar.extractfile(member)
-            assert source is not None
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(source.read())
+def validate_descriptors() -> descriptor_pb2.FileDescriptorSet:
+    """Returns ``buf/validate/validate.proto`` and what it imports, compiled.
+
+    protovalidate ships no proto file, but its generated code carries the
+    descriptor of one. The lock pins its version, so this changes only with it.
+    """
+    compiled = descriptor_pb2.FileDescriptorSet()
+    for module in (descriptor_pb2, duration_pb2, field_mask_pb2, timestamp_pb2):
+        module.DESCRIPTOR.CopyToProto(compiled.file.add())
+    compiled.file.add().ParseFromString(validate_pb.desc().proto.to_binary())
+    return compiled
 
 
 def protoc(*args: str) -> None:
@@ -59,6 +48,24 @@ def protoc(*args: str) -> None:
         subprocess.CalledProcessError: protoc found an error and printed it.
     """
     subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *args], check=True)
+
+
+def sources(proto: Path = PROTO) -> list[str]:
+    """Returns the proto files below ``proto``, relative to it, sorted."""
+    return sorted(path.relative_to(proto).as_posix() for path in proto.rglob("*.proto"))
+
+
+def compile_image(proto: Path, image: Path) -> None:
+    """Writes the descriptor set of all proto files below ``proto``, imports and comments included, to ``image``.
+
+    Raises:
+        subprocess.CalledProcessError: A proto file does not compile; protoc printed why.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        imports = Path(folder) / "imports.binpb"
+        imports.write_bytes(validate_descriptors().SerializeToString(deterministic=True))
+        protoc(f"--descriptor_set_in={imports}", f"-I{proto}", f"--descriptor_set_out={image}",
+               "--include_imports", "--include_source_info", *sources(proto))  # fmt: skip
 
 
 def without_validate(data: bytes) -> bytes:
@@ -77,17 +84,20 @@ def without_validate(data: bytes) -> bytes:
 
 def generate(output: Path) -> None:
     """Writes ``lessor/v1`` below ``output``."""
-    fetch_dependencies()
-    sources = sorted(str(p.relative_to(PROTO)) for p in PROTO.glob("lessor/v1/*.proto"))
-    well_known = str(files("grpc_tools") / "_proto")
     with tempfile.TemporaryDirectory() as folder:
-        compiled = Path(folder) / "all.binpb"
-        protoc(f"-I{PROTO}", f"-I{DEPS}", f"-I{well_known}", f"--descriptor_set_out={compiled}",
-               "--include_imports", "--include_source_info", *sources)  # fmt: skip
-        compiled.write_bytes(without_validate(compiled.read_bytes()))
-        protoc(f"--descriptor_set_in={compiled}", f"--python_out={output}", f"--grpc_python_out={output}",
-               f"--mypy_out=quiet:{output}", f"--mypy_grpc_out=quiet:{output}", *sources)  # fmt: skip
+        image = Path(folder) / "image.binpb"
+        compile_image(PROTO, image)
+        image.write_bytes(without_validate(image.read_bytes()))
+        protoc(f"--descriptor_set_in={image}", f"--python_out={output}", f"--grpc_python_out={output}",
+               f"--mypy_out=quiet:{output}", f"--mypy_grpc_out=quiet:{output}", *sources())  # fmt: skip
     (output / "lessor" / "v1" / "__init__.py").write_text('"""Generated from proto/lessor/v1; never edited."""\n')
+
+
+def differences(fresh: Path, committed: Path) -> list[str]:
+    """Returns the names of generated files that differ, are missing or are left over in ``committed``."""
+    names = sorted({path.name for folder in (fresh, committed) for path in folder.glob("*.py*")})
+    _, different, absent = filecmp.cmpfiles(fresh, committed, names, shallow=False)
+    return sorted(different + absent)
 
 
 def main() -> int:
@@ -98,11 +108,11 @@ def main() -> int:
         generate(Path(folder))
         fresh = Path(folder) / "lessor" / "v1"
         if check:
-            names = sorted({p.name for p in fresh.iterdir()} | {p.name for p in OUTPUT.glob("*.py*")})
-            _, different, missing = filecmp.cmpfiles(fresh, OUTPUT, names, shallow=False)
-            if different or missing:
-                print("generated code differs from proto/: run `make generate`:", *different, *missing, file=sys.stderr)
+            changed = differences(fresh, OUTPUT)
+            if changed:
+                print("client/lessor/v1 is not what proto/ says; run `make generate`:", *changed, file=sys.stderr)
                 return 1
+            print("generated code: as proto/ says")
             return 0
         OUTPUT.mkdir(parents=True, exist_ok=True)
         for old in OUTPUT.glob("*.py*"):

@@ -1,0 +1,96 @@
+# Everything a contributor runs. `make` alone lists the targets.
+
+# A name that a version manager only pretends to have is skipped: each candidate must start and be able to make a venv.
+PYTHON ?= $(shell for candidate in python3.13 python3.12 python3.11 python3; do \
+	"$$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+	&& { echo "$$candidate"; break; }; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Test processes at once; each has a PostgreSQL to talk to.
+WORKERS ?= 2
+# What `make test` runs, and more options for pytest.
+TESTS ?= tests
+PYTEST_ARGS ?=
+# For `make lock`: --upgrade, or --upgrade-package NAME.
+LOCK_ARGS ?=
+
+CHECKED := client server agent tests proto examples
+DEPENDENCIES := $(VENV)/.dependencies
+READY := $(VENV)/.ready
+
+# The tools are those of the environment, whatever is activated outside.
+export PATH := $(abspath $(BIN)):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## List the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: $(READY) ## Make .venv from the hash-pinned lock (PYTHON=python3.x chooses)
+	@echo "$(VENV) is ready: $$($(BIN)/python --version)"
+
+$(DEPENDENCIES): requirements/dev.txt
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 with venv found: install one, or make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv --clear $(VENV); }
+	@echo "installing requirements/dev.txt (hashes checked)"
+	@$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements/dev.txt
+	@touch $@
+
+$(READY): $(DEPENDENCIES) pyproject.toml
+	@echo "installing lessor, editable"
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.PHONY: demo
+demo: $(READY) ## Train on two agents, kill one halfway, watch the other resume
+	@$(BIN)/python examples/demo.py
+
+.PHONY: test
+test: $(READY) ## Run all tests (TESTS=path, WORKERS=n, PYTEST_ARGS=…)
+	@$(BIN)/python -m pytest -n $(WORKERS) $(TESTS) $(PYTEST_ARGS)
+
+.PHONY: test-unit
+test-unit: $(READY) ## Run the unit tests, under 20 seconds
+	@$(BIN)/python -m pytest -n $(WORKERS) tests/unit $(PYTEST_ARGS)
+
+.PHONY: check
+check: $(READY) ## Lint, format, types, layers, contract
+	@$(BIN)/ruff check $(CHECKED)
+	@$(BIN)/ruff format --check $(CHECKED)
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+	@$(MAKE) --no-print-directory verify
+
+.PHONY: fmt
+fmt: $(READY) ## Format code and contract, apply safe fixes
+	@$(BIN)/ruff check --fix $(CHECKED)
+	@$(BIN)/ruff format $(CHECKED)
+	@$(BIN)/buf format --write
+
+.PHONY: generate
+generate: $(READY) ## Generate client/lessor/v1 from proto/
+	@$(BIN)/python proto/generate.py
+
+.PHONY: verify
+verify: $(READY) ## Check generated code for drift; buf lint, format, breaking
+	@$(BIN)/python proto/generate.py --check
+	@$(BIN)/python proto/verify.py
+
+.PHONY: lock
+lock: $(READY) ## Resolve pyproject.toml into requirements/*.txt (LOCK_ARGS=--upgrade)
+	@$(LOCK) --extra server --extra agent --extra examples --extra dev --output-file requirements/dev.txt
+	@$(LOCK) --extra server --constraint requirements/dev.txt --output-file requirements/server.txt
+	@$(LOCK) --extra agent --constraint requirements/dev.txt --output-file requirements/agent.txt
+
+# One resolution for every platform and every Python from 3.11 on, naming no host.
+LOCK = $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-header --no-emit-index-url --no-emit-find-links --no-emit-build-options $(LOCK_ARGS)
+
+.PHONY: clean
+clean: ## Remove .venv and every cache
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build
+	@find client server agent tests proto examples -name __pycache__ -prune -exec rm -rf {} +
