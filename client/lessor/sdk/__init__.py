@@ -1,0 +1,1 @@
+"""The Python SDK. Its names are those of the package ``lessor``; import them from there."""
