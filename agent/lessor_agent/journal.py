@@ -1,0 +1,276 @@
+"""The agent's journal: what it must still know after a crash, in SQLite.
+
+One thread owns the database. Transactions that are submitted while one commits
+share the next: one fsync for all of them (group commit). A journal that cannot
+be written refuses each transaction, and the agent then takes no new work; it
+goes on with what it has, and each later transaction tries again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lessor.lifecycle import LeasePhase
+from lessor.v1 import agent_service_pb2 as pb
+from lessor_agent.protocol.actions import (
+    DropEvents,
+    DropLease,
+    Entry,
+    PutEvent,
+    PutHandle,
+    PutLease,
+    PutPhase,
+)
+from lessor_agent.runtimes.base import Handle
+
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+MAX_TOMBSTONES = 10_000
+MAX_TOMBSTONE_AGE_S = 7 * 24 * 3600
+MAX_GROUP = 512
+"""At most this many transactions share one commit."""
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS lease (
+    lease_id INTEGER PRIMARY KEY,
+    job_id   TEXT NOT NULL,
+    "grant"  BLOB NOT NULL,
+    phase    INTEGER NOT NULL,
+    handle   TEXT
+);
+CREATE TABLE IF NOT EXISTS event (seq INTEGER PRIMARY KEY, lease_id INTEGER NOT NULL, event BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS tombstone (lease_id INTEGER PRIMARY KEY, made_at INTEGER NOT NULL);
+"""
+
+
+class JournalUnavailable(Exception):
+    """The journal cannot be read or written; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class JournalledLease:
+    """A lease as the journal has it."""
+
+    grant: pb.Grant
+    phase: LeasePhase
+    handle: Handle | None
+    """None: only the intent was journalled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """All that a journal holds."""
+
+    boot_id: str = ""
+    """Boot of the host in which it was last opened; empty: it is new."""
+    leases: tuple[JournalledLease, ...] = ()
+    events: tuple[pb.LeaseEvent, ...] = ()
+    tombstones: tuple[int, ...] = ()
+    last_seq: int = 0
+
+
+Done = Callable[[int, str | None], None]
+"""Called from the journal's thread with a ticket and None, or why it failed."""
+
+
+class Journal:
+    """The journal in ``<state_dir>/journal.db``."""
+
+    def __init__(self, path: Path) -> None:
+        """Makes a journal over the file ``path``; :meth:`open` reads it."""
+        self._path = path
+        self._database: sqlite3.Connection | None = None
+        self._error: str | None = "the journal is not open"
+        self._queue: queue.SimpleQueue[tuple[int, Sequence[Entry], Done] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._reported: str | None = None
+
+    def open(self, boot_id: str) -> Contents:
+        """Opens the file, making it if it is missing, notes ``boot_id`` and returns what it held.
+
+        Raises:
+            JournalUnavailable: It is corrupt, of a newer version, or cannot be
+                written. The journal then refuses every transaction.
+        """
+        try:
+            self._database = self._connect()
+            contents = self._read(self._database)
+            with self._database:
+                self._set_meta(self._database, "boot_id", boot_id)
+        except (sqlite3.Error, OSError, ValueError) as error:
+            self._error = f"the journal {self._path} cannot be used: {error}"
+            if self._database is not None:
+                self._database.close()
+                self._database = None
+            raise JournalUnavailable(self._error) from error
+        else:
+            self._error = None
+            return contents
+        finally:
+            self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+            self._thread.start()
+
+    def submit(self, ticket: int, entries: Sequence[Entry], done: Done) -> None:
+        """Has ``entries`` committed in one transaction, after all that were submitted before. Never blocks."""
+        self._queue.put((ticket, entries, done))
+
+    def close(self) -> None:
+        """Commits what was submitted and closes the file."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
+        if self._database is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._database.close()
+            self._database = None
+
+    # ── the thread ───────────────────────────────────────────────────────────
+
+    def _run(self) -> None:
+        closing = False
+        while not closing:
+            group = []
+            item = self._queue.get()
+            while item is not None:
+                group.append(item)
+                if len(group) >= MAX_GROUP:
+                    break
+                try:
+                    item = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+            closing = item is None
+            if not group:
+                continue
+            error = self._commit([entry for _, entries, _ in group for entry in entries])
+            for ticket, _, done in group:
+                done(ticket, error)
+
+    def _commit(self, entries: Sequence[Entry]) -> str | None:
+        if self._database is None:
+            return self._error
+        try:
+            with self._database:
+                self._database.execute("BEGIN IMMEDIATE")
+                for entry in entries:
+                    self._write(self._database, entry)
+        except (sqlite3.Error, OSError) as failure:
+            with contextlib.suppress(sqlite3.Error):
+                self._database.rollback()
+            error = f"the journal {self._path} cannot be written: {failure}"
+            if error != self._reported:
+                log.error(
+                    "journal unavailable: no new work is taken", extra={"event": "journal_failed", "error": error}
+                )
+            self._reported = error
+            return error
+        if self._reported is not None:
+            log.info("journal available again", extra={"event": "journal_recovered"})
+            self._reported = None
+        return None
+
+    def _write(self, database: sqlite3.Connection, entry: Entry) -> None:
+        match entry:
+            case PutLease():
+                database.execute(
+                    'INSERT OR REPLACE INTO lease (lease_id, job_id, "grant", phase) VALUES (?, ?, ?, ?)',
+                    (entry.lease_id, entry.job_id, entry.grant, int(LeasePhase.OFFERED)),
+                )
+            case PutHandle():
+                database.execute(
+                    "UPDATE lease SET handle = ? WHERE lease_id = ?", (_encode_handle(entry.handle), entry.lease_id)
+                )
+            case PutPhase():
+                database.execute("UPDATE lease SET phase = ? WHERE lease_id = ?", (int(entry.phase), entry.lease_id))
+            case PutEvent():
+                database.execute(
+                    "INSERT OR REPLACE INTO event (seq, lease_id, event) VALUES (?, ?, ?)",
+                    (entry.seq, entry.lease_id, entry.event),
+                )
+                self._set_meta(database, "last_seq", str(entry.seq))
+            case DropEvents():
+                database.executemany("DELETE FROM event WHERE seq = ?", [(seq,) for seq in entry.seqs])
+            case DropLease():
+                database.execute("DELETE FROM lease WHERE lease_id = ?", (entry.lease_id,))
+                database.execute(
+                    "INSERT OR REPLACE INTO tombstone (lease_id, made_at) VALUES (?, ?)",
+                    (entry.lease_id, int(time.time())),
+                )
+
+    # ── opening ──────────────────────────────────────────────────────────────
+
+    def _connect(self) -> sqlite3.Connection:
+        database = sqlite3.connect(self._path, timeout=5.0, isolation_level=None, check_same_thread=False)
+        try:
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = FULL")
+            check = database.execute("PRAGMA quick_check(1)").fetchone()
+            if check is None or check[0] != "ok":
+                raise sqlite3.DatabaseError(f"integrity check: {check[0] if check else 'no answer'}")
+            version = database.execute("PRAGMA user_version").fetchone()[0]
+            if version > SCHEMA_VERSION:
+                raise sqlite3.DatabaseError(
+                    "it was written by a newer version of the agent "
+                    f"(schema {version}, this one knows {SCHEMA_VERSION})"
+                )
+            database.executescript(_SCHEMA)
+            database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            self._prune(database)
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    def _prune(self, database: sqlite3.Connection) -> None:
+        database.execute("DELETE FROM tombstone WHERE made_at < ?", (int(time.time()) - MAX_TOMBSTONE_AGE_S,))
+        database.execute(
+            "DELETE FROM tombstone WHERE lease_id NOT IN "
+            "(SELECT lease_id FROM tombstone ORDER BY lease_id DESC LIMIT ?)",
+            (MAX_TOMBSTONES,),
+        )
+
+    def _read(self, database: sqlite3.Connection) -> Contents:
+        meta = dict(_rows(database, "SELECT key, value FROM meta"))
+        leases = tuple(
+            JournalledLease(
+                pb.Grant.FromString(grant), LeasePhase(phase), None if handle is None else _decode_handle(handle)
+            )
+            for grant, phase, handle in _rows(database, 'SELECT "grant", phase, handle FROM lease ORDER BY lease_id')
+        )
+        events = tuple(
+            pb.LeaseEvent.FromString(event) for (event,) in _rows(database, "SELECT event FROM event ORDER BY seq")
+        )
+        tombstones = tuple(
+            lease_id for (lease_id,) in _rows(database, "SELECT lease_id FROM tombstone ORDER BY lease_id")
+        )
+        last_seq = max([int(meta.get("last_seq", "0")), *(event.seq for event in events)])
+        return Contents(meta.get("boot_id", ""), leases, events, tombstones, last_seq)
+
+    def _set_meta(self, database: sqlite3.Connection, key: str, value: str) -> None:
+        database.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, value))
+
+
+def _rows(database: sqlite3.Connection, sql: str) -> list[tuple[Any, ...]]:
+    return database.execute(sql).fetchall()
+
+
+def _encode_handle(handle: Handle) -> str:
+    return json.dumps({"runtime": handle.runtime, "version": handle.version, "data": dict(handle.data)})
+
+
+def _decode_handle(text: str) -> Handle:
+    value = json.loads(text)
+    return Handle(runtime=value["runtime"], version=value["version"], data=value["data"])

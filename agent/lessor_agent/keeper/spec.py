@@ -1,0 +1,42 @@
+"""What a keeper is told when it is forked: everything about one attempt."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Identity(NamedTuple):
+    """Whom the workload runs as. Numbers only: a keeper asks no directory service."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: list[int]
+
+
+class KeeperSpec(NamedTuple):
+    """One attempt. Times are nanoseconds; paths are absolute."""
+
+    lease_id: int
+    boot_id: str
+    state_dir: str
+    directory: str
+    argv: list[str]
+    env: dict[str, str]
+    """The whole environment of the workload."""
+    working_dir: str | None
+    """None: ``work`` in the lease's directory."""
+    identity: Identity | None
+    """None: as the keeper."""
+    grace_ns: int
+    run_timeout_ns: int | None
+
+    def to_json(self) -> dict[str, object]:
+        """Returns the form that travels to the zygote."""
+        return self._asdict()
+
+    @classmethod
+    def from_json(cls, data: dict[str, object]) -> KeeperSpec:
+        """Reads that form."""
+        spec = cls(**data)  # type: ignore[arg-type]
+        return spec._replace(identity=None if spec.identity is None else Identity(*spec.identity))

@@ -1,0 +1,186 @@
+"""Process trees, as /proc shows them, and how to end one for certain.
+
+A keeper is a subreaper, so everything its workload ever starts, double-forked
+or in a session of its own, stays below it: "the tree" is what can be reached
+from the keeper by parent links, and it is gone exactly when the keeper has no
+child left. Where the keeper itself is dead, :func:`end_lease_processes` finds
+the remains by what they inherited.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+_MAX_PASSES = 64
+"""Passes before killing what was found so far; a tree still growing then is killed in rounds."""
+
+_DEAD_STATES = frozenset("ZXx")
+
+
+class Process(NamedTuple):
+    """One line of the process table."""
+
+    pid: int
+    parent: int
+    session: int
+    start_ticks: int
+    """When it started, in clock ticks since boot: with the pid it names a process for good."""
+    state: str
+
+    @property
+    def alive(self) -> bool:
+        """False once only its exit status is left."""
+        return self.state not in _DEAD_STATES
+
+
+def read_process(pid: int) -> Process | None:
+    """Returns process ``pid``, or None if there is none that this user may see."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        # Where /proc is mounted with hidepid, those of other users cannot be read, and are none of ours.
+        return None
+    if len(fields) < 20:
+        return None
+    return Process(pid, int(fields[1]), int(fields[3]), int(fields[19]), fields[0].decode())
+
+
+def all_processes() -> dict[int, Process]:
+    """Returns the process table: pid → process."""
+    found = (read_process(int(name)) for name in os.listdir("/proc") if name.isdigit())
+    return {process.pid: process for process in found if process is not None}
+
+
+def below(table: dict[int, Process], roots: Iterable[int]) -> list[Process]:
+    """Returns every process that hangs below ``roots``, the roots themselves left out, parents before children."""
+    children: dict[int, list[Process]] = {}
+    for process in table.values():
+        children.setdefault(process.parent, []).append(process)
+    found: list[Process] = []
+    queue = list(roots)
+    seen = set(queue)
+    for pid in queue:
+        for child in children.get(pid, ()):
+            if child.pid not in seen:
+                seen.add(child.pid)
+                found.append(child)
+                queue.append(child.pid)
+    return found
+
+
+def send(process: Process, signum: int) -> bool:
+    """Sends ``signum`` to exactly this process, never to one that got its pid later.
+
+    Returns:
+        False if it is gone, or dead and not yet reaped.
+    """
+    try:
+        fd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return False
+    try:
+        now = read_process(process.pid)
+        if now is None or now.start_ticks != process.start_ticks or not now.alive:
+            return False
+        signal.pidfd_send_signal(fd, signum)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def terminate(processes: Iterable[Process]) -> None:
+    """Asks each to stop: SIGTERM, and SIGCONT so that a stopped one can hear it."""
+    for process in processes:
+        if process.alive and send(process, signal.SIGTERM):
+            send(process, signal.SIGCONT)
+
+
+def freeze_and_kill(find: Callable[[], list[Process]]) -> int:
+    """Kills everything ``find`` returns, and what those fork meanwhile.
+
+    Passes of SIGSTOP come first, until one finds nothing new: a process with a
+    signal pending cannot complete a fork, so a tree that stands still can be
+    killed whole. It does not wait for the dead to be reaped.
+
+    Returns:
+        How many processes were killed.
+    """
+    frozen: dict[tuple[int, int], Process] = {}
+    for _ in range(_MAX_PASSES):
+        fresh = [p for p in find() if p.alive and (p.pid, p.start_ticks) not in frozen]
+        if not fresh:
+            break
+        for process in fresh:
+            frozen[process.pid, process.start_ticks] = process
+            send(process, signal.SIGSTOP)
+    return sum(send(process, signal.SIGKILL) for process in frozen.values())
+
+
+def end_lease_processes(lease_directory: str, session: int | None, *, patience_s: float) -> bool:
+    """Kills what is left of a lease whose keeper is dead. Blocks; call it in a thread.
+
+    A process belongs to the lease if it was started with its ``LESSOR_EVENTS``,
+    holds its stdout, stderr or events file open for writing, is in ``session``,
+    or descends from one that does.
+
+    Args:
+        lease_directory: Absolute path of the lease's directory.
+        session: Session of the workload; None where it may since belong to another.
+        patience_s: How long to wait for the killed to disappear.
+
+    Returns:
+        True once none is left; False if some still stood after ``patience_s``
+        (a process in uninterruptible sleep): call again.
+    """
+    give_up = time.monotonic() + patience_s
+    spare = os.getpid()
+
+    def find() -> list[Process]:
+        table = all_processes()
+        own = [p for p in table.values() if p.alive and p.pid != spare and _is_of(p, lease_directory, session)]
+        return own + [p for p in below(table, [p.pid for p in own]) if p.alive and p.pid != spare]
+
+    while freeze_and_kill(find):
+        if time.monotonic() >= give_up:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def _is_of(process: Process, lease_directory: str, session: int | None) -> bool:
+    if session is not None and process.session == session:
+        return True
+    mark = b"LESSOR_EVENTS=" + os.fsencode(lease_directory) + b"/events"
+    try:
+        with open(f"/proc/{process.pid}/environ", "rb") as file:
+            if mark in file.read().split(b"\0"):
+                return True
+        return _writes_into(process.pid, lease_directory)
+    except OSError:
+        # Gone meanwhile, or of a user whose processes this agent cannot have started.
+        return False
+
+
+def _writes_into(pid: int, lease_directory: str) -> bool:
+    # Only writers: an operator's `tail -f` on the same files is none of ours.
+    outputs = {
+        f"{lease_directory}/{name}{gone}" for name in ("stdout", "stderr", "events") for gone in ("", " (deleted)")
+    }
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            if os.readlink(f"/proc/{pid}/fd/{fd}") not in outputs:
+                continue
+            with open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii") as file:
+                flags = next(int(line.split()[1], 8) for line in file if line.startswith("flags:"))
+        except FileNotFoundError:
+            continue
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            return True
+    return False

@@ -1,0 +1,155 @@
+"""One lease in the hands of the agent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from enum import IntEnum, StrEnum
+
+from google.protobuf.duration_pb2 import Duration
+
+from lessor import timing
+from lessor.lifecycle import LeasePhase
+from lessor.v1 import agent_service_pb2 as pb
+from lessor.v1 import job_pb2
+from lessor_agent.protocol.logflow import LeaseLog
+from lessor_agent.runtimes.base import StopCause
+
+DEFAULT_RUNTIME = "process"
+"""The runtime of a spec that names none."""
+
+
+class Stage(IntEnum):
+    """How far a lease has come on the agent; only ever grows."""
+
+    INTENT = 1
+    """The intent is on its way to the journal; nothing exists yet."""
+    PREPARING = 2
+    """The runtime prepares; a keeper may stand."""
+    SECURING = 3
+    """The keeper stands; its handle and Accepted are on their way to the journal."""
+    ACCEPTED = 4
+    """Accepted is journalled; the workload may begin."""
+    RUNNING = 5
+    """The workload runs."""
+    ENDED = 6
+    """The workload's tree is gone and Ended is journalled or on its way there."""
+
+
+PHASES = {
+    Stage.INTENT: LeasePhase.OFFERED,
+    Stage.PREPARING: LeasePhase.OFFERED,
+    Stage.SECURING: LeasePhase.OFFERED,
+    Stage.ACCEPTED: LeasePhase.ACCEPTED,
+    Stage.RUNNING: LeasePhase.RUNNING,
+    Stage.ENDED: LeasePhase.DRAINING,
+}
+"""Stage → the phase the server knows."""
+
+
+class Fate(StrEnum):
+    """What a restarted agent found of a journalled lease."""
+
+    FOUND = "found"
+    """Its execution was adopted: prepared, running or ended."""
+    VANISHED = "vanished"
+    """Nothing is left of its execution."""
+    REBOOTED = "rebooted"
+    """The host has booted since: nothing of it can run."""
+    NEVER_PREPARED = "never_prepared"
+    """Only the intent was journalled; whatever stood has been ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class RestoredLease:
+    """A journalled lease, as a restarted agent found it."""
+
+    grant: pb.Grant
+    phase: LeasePhase
+    fate: Fate
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequest:
+    """A stop asked for before or after the execution stood."""
+
+    cause: StopCause
+    grace: timedelta | None
+
+
+@dataclass(slots=True)
+class Lease:
+    """A lease and what the core must remember of it."""
+
+    grant: pb.Grant
+    stage: Stage
+    confirmed: bool
+    """The current session of the server keeps it: it is renewed with the session."""
+    log: LeaseLog
+    ttl_ns: int = field(init=False)
+    margin_ns: int = field(init=False)
+    restored: bool = False
+    begun: bool = False
+    stop: StopRequest | None = None
+    stale: bool = False
+    """The server said that it is over: its end interests nobody."""
+    withdrawn: str | None = None
+    """Why an offer is given back; answered by Released once nothing of it is left."""
+    rejected: job_pb2.JobError | None = None
+    """Why it cannot be taken; answered by Rejected once nothing of it is left."""
+    start_time_event: pb.Running | None = None
+    ended_event: pb.Ended | None = None
+    end_acked: bool = False
+    progress: job_pb2.Progress | None = None
+    """Latest progress not sent yet."""
+    progress_due_ns: int = 0
+    """The next progress may be sent from then on."""
+    checkpoint_seq: int = 0
+    """Newest checkpoint event that is not acked; 0: none."""
+    checkpoint_next: str | None = None
+    """Newest cursor that waits while an older one is on its way to the journal."""
+
+    def __post_init__(self) -> None:
+        ttl = duration(self.grant.ttl) if self.grant.HasField("ttl") else timing.DEFAULT_TTL
+        margin = duration(self.grant.margin) if self.grant.HasField("margin") else timing.margin(ttl)
+        self.ttl_ns = nanoseconds(ttl)
+        self.margin_ns = nanoseconds(margin)
+
+    @property
+    def lease_id(self) -> int:
+        """The fencing token."""
+        return self.grant.lease_id
+
+    @property
+    def job_id(self) -> str:
+        """The public id of the job."""
+        return self.grant.job_id
+
+    @property
+    def runtime(self) -> str:
+        """Name of the runtime that runs it."""
+        return self.grant.spec.runtime or DEFAULT_RUNTIME
+
+    @property
+    def phase(self) -> LeasePhase:
+        """Where it stands, in the server's words."""
+        return PHASES[self.stage]
+
+    @property
+    def abandoned(self) -> bool:
+        """It is being given back or dropped: it will never run (again)."""
+        return self.stale or self.withdrawn is not None or self.rejected is not None
+
+    def deadline_ns(self, renewed_ns: int) -> int:
+        """Returns when its tree must be gone if ``renewed_ns`` was the last acked send time."""
+        return renewed_ns + self.ttl_ns - self.margin_ns
+
+
+def duration(value: Duration) -> timedelta:
+    """Returns a proto duration as a timedelta."""
+    return timedelta(seconds=value.seconds, microseconds=value.nanos / 1000)
+
+
+def nanoseconds(value: timedelta) -> int:
+    """Returns a timedelta in whole nanoseconds."""
+    return value // timedelta(microseconds=1) * 1000

@@ -1,0 +1,569 @@
+"""The leases an agent holds: what starts, stops, answers and forgets them.
+
+Every grant and every revoke is answered, exactly by what is so: Accepted,
+Rejected, Running, Ended or Released. A lease_id begins at most once in the life
+of an agent, and never after it was released, rejected or forgotten: each of
+those leaves a tombstone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Iterator
+from datetime import datetime, timedelta
+
+from lessor.lifecycle import LeasePhase, Outcome
+from lessor.v1 import agent_service_pb2 as pb
+from lessor.v1 import job_pb2
+from lessor_agent.protocol import outcomes
+from lessor_agent.protocol.actions import (
+    Begin,
+    DropEvents,
+    DropLease,
+    Entry,
+    Forget,
+    Prepare,
+    PutHandle,
+    PutLease,
+    PutPhase,
+    Renew,
+    Stop,
+)
+from lessor_agent.protocol.desk import Desk
+from lessor_agent.protocol.lease import Fate, Lease, RestoredLease, Stage, StopRequest, duration
+from lessor_agent.protocol.logflow import LeaseLog, Position, position_of
+from lessor_agent.protocol.session import Link, Session
+from lessor_agent.runtimes.base import Handle, StopCause
+
+log = logging.getLogger(__name__)
+
+MAX_TOMBSTONES = 10_000
+"""Tombstones kept in memory; the oldest go first. Only a late message of this very session can need one."""
+
+_STOPPING = {
+    pb.REVOKE_REASON_CANCELLED: StopCause.CANCELLED,
+    pb.REVOKE_REASON_START_TIMEOUT: StopCause.START_TIMEOUT,
+}
+
+
+class LeaseTable:
+    """Everything held, and the rules of §4 of the lease protocol on the agent's side."""
+
+    def __init__(
+        self,
+        desk: Desk,
+        session: Session,
+        runtimes: Collection[str],
+        restored: Iterable[RestoredLease],
+        tombstones: Iterable[int],
+    ) -> None:
+        """Begins with what a restarted agent found.
+
+        Args:
+            desk: Where actions go.
+            session: Whose renewals count.
+            runtimes: Names of the runtimes that can start jobs here.
+            restored: Journalled leases; see :meth:`settle_restored`.
+            tombstones: lease_ids that are never started, oldest first.
+        """
+        self._desk = desk
+        self._session = session
+        self._runtimes = frozenset(runtimes)
+        self._held: dict[int, Lease] = {}
+        self._tombstones: dict[int, None] = dict.fromkeys(tombstones)
+        self._restored = tuple(restored)
+
+    def __iter__(self) -> Iterator[Lease]:
+        return iter(self._held.values())
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def get(self, lease_id: int) -> Lease | None:
+        """Returns a held lease."""
+        return self._held.get(lease_id)
+
+    def ids(self) -> list[int]:
+        """Returns the ids of all held leases, ascending."""
+        return sorted(self._held)
+
+    # ── a restarted agent ────────────────────────────────────────────────────
+
+    def settle_restored(self, now_ns: int) -> None:
+        """Takes up the journalled leases: goes on, reports an end, or gives back."""
+        for found in self._restored:
+            lease = self._take_up(found)
+            if found.fate is Fate.NEVER_PREPARED:
+                self._give_back(lease, "the agent restarted before it was prepared")
+            elif lease.end_acked and found.fate is not Fate.FOUND:
+                # Its end is committed, its files are gone: there is nothing left to tell.
+                self._forget(lease)
+            elif lease.stage is not Stage.ENDED and found.fate is not Fate.FOUND:
+                self.ended(
+                    lease.lease_id, outcomes.Ending(exit=None, rebooted=found.fate is Fate.REBOOTED), now_ns=now_ns
+                )
+        self._restored = ()
+
+    def _take_up(self, found: RestoredLease) -> Lease:
+        lease_id = found.grant.lease_id
+        stage = {
+            LeasePhase.ACCEPTED: Stage.ACCEPTED,
+            LeasePhase.RUNNING: Stage.RUNNING,
+            LeasePhase.DRAINING: Stage.ENDED,
+        }.get(found.phase, Stage.INTENT)
+        lease = Lease(found.grant, stage, confirmed=False, log=LeaseLog(), restored=True)
+        lease.begun = stage >= Stage.RUNNING
+        # Until an end is found that is still owed.
+        lease.end_acked = stage is Stage.ENDED
+        self._held[lease_id] = lease
+        for pending in self._desk.events.of_lease(lease_id):
+            if pending.kind == "checkpoint_saved":
+                lease.checkpoint_seq = pending.event.seq
+            elif pending.kind == "ended":
+                # An end that is still owed is repeated as it was journalled. One
+                # that was acked has only its log to finish.
+                lease.stage = Stage.ENDED
+                lease.end_acked = False
+                lease.ended_event = pending.event.ended
+                # Where the files are gone there is nothing left to send: the
+                # lease is forgotten after its end, and the server says that
+                # the log was cut.
+                kept = found.fate is Fate.FOUND
+                lease.log.final_offset = pending.event.ended.final_log_offset if kept else 0
+        return lease
+
+    # ── what the server says ─────────────────────────────────────────────────
+
+    def granted(self, grant: pb.Grant, now_ns: int) -> None:
+        """Starts a lease, or answers again what is so of one already known."""
+        lease_id = grant.lease_id
+        if lease_id <= 0:
+            log.error("grant without a lease id ignored", extra={"event": "grant_invalid", "job_id": grant.job_id})
+        elif (lease := self._held.get(lease_id)) is not None:
+            self._granted_again(lease, now_ns)
+        elif lease_id in self._tombstones:
+            self._release_unheld(grant.job_id, lease_id, "the agent has given it back before")
+        else:
+            log.info("lease granted", extra={"event": "granted", "lease_id": lease_id, "job_id": grant.job_id})
+            self._start(grant)
+
+    def revoked(self, revoke: pb.Revoke, now_ns: int) -> None:
+        """Answers a lease that is asked back."""
+        lease = self._held.get(revoke.lease_id)
+        reason = (
+            pb.RevokeReason.Name(revoke.reason) if revoke.reason in pb.RevokeReason.values() else str(revoke.reason)
+        )
+        log.info(
+            "lease asked back",
+            extra={"event": "revoked", "lease_id": revoke.lease_id, "job_id": revoke.job_id, "reason": reason},
+        )
+        if lease is None:
+            if revoke.reason == pb.REVOKE_REASON_STALE:
+                self._drop_unheld(revoke.lease_id)
+            else:
+                self._release_unheld(revoke.job_id, revoke.lease_id, "the agent does not hold it")
+        elif revoke.reason == pb.REVOKE_REASON_STALE:
+            self._make_stale(lease)
+        elif (cause := _STOPPING.get(revoke.reason)) is not None:
+            self._stop(lease, cause, duration(revoke.grace) if revoke.HasField("grace") else None)
+        elif revoke.reason == pb.REVOKE_REASON_OFFER_EXPIRED and lease.stage < Stage.SECURING:
+            if not lease.abandoned:
+                lease.withdrawn = "the offer expired before it was accepted"
+        else:
+            self._say_again(lease)
+
+    def answered(self, answers: Iterable[pb.LeaseAnswer], now_ns: int) -> None:
+        """Takes the server's answers to a Hello, one per held lease."""
+        for held in self._held.values():
+            held.confirmed = False
+            held.log.pause()
+        for answer in answers:
+            if (lease := self._held.get(answer.lease_id)) is None:
+                continue
+            if answer.decision == pb.LEASE_DECISION_STALE or (
+                answer.decision == pb.LEASE_DECISION_ENDED and lease.stage is not Stage.ENDED
+            ):
+                self._make_stale(lease)
+                continue
+            if answer.decision == pb.LEASE_DECISION_ENDED:
+                lease.end_acked = True
+                self._desk.drop(self._desk.events.remove_lease(lease.lease_id))
+            elif answer.decision != pb.LEASE_DECISION_KEEP:
+                log.error("unknown answer for a lease ignored", extra={"event": "answer", "lease_id": lease.lease_id})
+                continue
+            elif lease.stage is Stage.ENDED and lease.end_acked:
+                # The server has lost an end that it had acked: tell it again.
+                lease.end_acked = False
+                self._say_again(lease)
+            lease.confirmed = not lease.stale
+            self._resume_log(lease, answer, now_ns)
+            self._begin_restored(lease)
+            self._forget_if_done(lease)
+        for held in self._held.values():
+            if not held.confirmed and not held.stale:
+                log.warning(
+                    "the server did not answer for a held lease; it is not renewed",
+                    extra={"event": "unanswered", "lease_id": held.lease_id, "job_id": held.job_id},
+                )
+
+    def renew_all(self) -> None:
+        """Moves the deadline of every execution that the session keeps."""
+        for lease in self._held.values():
+            self._renew(lease)
+
+    def events_acked(self, seqs: Iterable[int]) -> None:
+        """Takes acks of durable events."""
+        acked = self._desk.events.remove(seqs)
+        self._desk.drop([event.seq for event in acked])
+        for event in acked:
+            lease = self._held.get(event.lease_id)
+            if lease is None:
+                continue
+            if event.seq == lease.checkpoint_seq:
+                lease.checkpoint_seq = 0
+            if event.WhichOneof("event") == "ended":
+                lease.end_acked = True
+                self._forget_if_done(lease)
+
+    def log_acked(self, message: pb.LogPosition, now_ns: int) -> None:
+        """Takes a committed log position."""
+        lease = self._held.get(message.lease_id)
+        if lease is None or not lease.log.is_open:
+            return
+        position = position_of(message)
+        if position is None:
+            log.error("contradictory log position ignored", extra={"event": "log_ack", "lease_id": message.lease_id})
+            return
+        lease.log.acknowledge(position, now_ns)
+        self._forget_if_done(lease)
+
+    # ── what happens on the host ─────────────────────────────────────────────
+
+    def prepared(self, lease_id: int, handle: Handle) -> None:
+        """The keeper of a lease stands."""
+        lease = self._held.get(lease_id)
+        if lease is None or lease.stage is not Stage.PREPARING:
+            return
+        if lease.abandoned:
+            self._desk.put(Stop(lease_id, StopCause.STALE, None))
+            return
+        if lease.stop is not None:
+            self._desk.put(Stop(lease_id, lease.stop.cause, lease.stop.grace))
+            return
+        lease.stage = Stage.SECURING
+        self._renew(lease)
+        accepted = _event(lease, accepted=pb.Accepted())
+        self._desk.journal(
+            [PutHandle(lease_id, handle), PutPhase(lease_id, LeasePhase.ACCEPTED), accepted],
+            lambda error: self._secured(lease, accepted, error),
+        )
+
+    def prepare_refused(self, lease_id: int, error: job_pb2.JobError) -> None:
+        """The runtime cannot start it; nothing of it is left."""
+        lease = self._held.get(lease_id)
+        if lease is None or lease.stage is not Stage.PREPARING:
+            return
+        if lease.stale:
+            self._forget(lease)
+        elif lease.withdrawn is not None:
+            self._give_back(lease, lease.withdrawn)
+        else:
+            self._reject(lease, error)
+
+    def running(self, lease_id: int, start_time: datetime) -> None:
+        """The workload runs."""
+        lease = self._held.get(lease_id)
+        if lease is None or lease.stage is not Stage.ACCEPTED:
+            return
+        lease.stage = Stage.RUNNING
+        lease.start_time_event = pb.Running(start_time=outcomes.timestamp(start_time))
+        if lease.stale:
+            return
+        log.info("job runs", extra={"event": "running", "lease_id": lease_id, "job_id": lease.job_id})
+        self._desk.journal([PutPhase(lease_id, LeasePhase.RUNNING), _event(lease, running=lease.start_time_event)])
+
+    def ended(self, lease_id: int, ending: outcomes.Ending, now_ns: int) -> None:
+        """The whole tree of an execution is gone."""
+        lease = self._held.get(lease_id)
+        if lease is None or (lease.stage is Stage.ENDED and lease.log.final_offset is not None):
+            return
+        if lease.stale:
+            self._forget(lease)
+        elif lease.withdrawn is not None:
+            self._give_back(lease, lease.withdrawn)
+        elif lease.rejected is not None:
+            self._reject(lease, lease.rejected)
+        else:
+            lease.log.grow(ending.stdout_bytes, ending.stderr_bytes)
+            # A file that shrank counts with its former length, in the flow and here.
+            grown = lease.log.available
+            event = outcomes.ended(ending)
+            event.final_log_offset = grown.offset
+            if lease.end_acked:
+                lease.ended_event = event
+                lease.log.final_offset = grown.offset
+                self._forget_if_done(lease)
+            else:
+                self._end(lease, event)
+
+    def checkpoint(self, lease_id: int, cursor: str) -> None:
+        """The workload saved a checkpoint; only the newest one counts."""
+        lease = self._held.get(lease_id)
+        if lease is None or lease.stage is Stage.ENDED or lease.abandoned:
+            return
+        cursor = outcomes.clip(cursor, outcomes.MAX_CURSOR_BYTES)
+        pending = self._desk.events.get(lease.checkpoint_seq)
+        if pending is not None and not pending.committed:
+            lease.checkpoint_next = cursor
+            return
+        self._put_checkpoint(lease, cursor)
+
+    def log_available(self, lease_id: int, stdout_bytes: int, stderr_bytes: int) -> None:
+        """The output files have grown to these sizes."""
+        lease = self._held.get(lease_id)
+        if lease is None or lease.abandoned:
+            return
+        if lease.log.final_offset is None or lease.restored:
+            lease.log.grow(stdout_bytes, stderr_bytes)
+
+    # ── one lease ────────────────────────────────────────────────────────────
+
+    def _start(self, grant: pb.Grant) -> None:
+        lease = Lease(grant, Stage.INTENT, confirmed=True, log=LeaseLog())
+        # The attempt is new: the server has nothing of its log.
+        lease.log.is_open = True
+        self._held[lease.lease_id] = lease
+        if lease.runtime not in self._runtimes:
+            message = (
+                f"this agent has no runtime {lease.runtime!r}; it has {', '.join(sorted(self._runtimes)) or 'none'}"
+            )
+            self._reject(lease, _infrastructure("RUNTIME_UNKNOWN", message))
+            return
+        if grant.spec.WhichOneof("work") is None:
+            message = "the job asks for a kind of work that this version of the agent does not know"
+            self._reject(lease, _infrastructure("WORK_UNKNOWN", message))
+            return
+        intent = PutLease(lease.lease_id, lease.job_id, grant.SerializeToString())
+        self._desk.journal([intent], lambda error: self._intended(lease, error))
+
+    def _granted_again(self, lease: Lease, now_ns: int) -> None:
+        if not lease.abandoned:
+            lease.confirmed = True
+            if not lease.log.is_open:
+                lease.log.resume(lease.log.acked, now_ns)
+            self._renew(lease)
+            self._begin_restored(lease)
+        self._say_again(lease)
+
+    def _intended(self, lease: Lease, error: str | None) -> None:
+        if error is not None and not lease.stale:
+            self._reject(lease, _infrastructure("JOURNAL_UNAVAILABLE", error))
+        elif lease.stale:
+            self._forget(lease)
+        elif lease.withdrawn is not None:
+            self._give_back(lease, lease.withdrawn)
+        elif lease.stop is not None:
+            self._end(lease, outcomes.stopped_before_start(lease.stop.cause))
+        else:
+            lease.stage = Stage.PREPARING
+            deadline_ns = lease.deadline_ns(self._session.renewed_ns)
+            self._desk.put(Prepare(lease.lease_id, lease.runtime, lease.grant, deadline_ns))
+
+    def _secured(self, lease: Lease, accepted: pb.LeaseEvent, error: str | None) -> None:
+        if lease.stage is not Stage.SECURING:
+            return
+        if error is not None and not lease.stale:
+            # Without its handle in the journal a restarted agent would end the
+            # job as a stray: it must not begin.
+            self._desk.events.remove([accepted.seq])
+            lease.rejected = _infrastructure("JOURNAL_UNAVAILABLE", error)
+            self._desk.put(Stop(lease.lease_id, StopCause.STALE, None))
+            return
+        lease.stage = Stage.ACCEPTED
+        self._begin(lease)
+
+    def _begin(self, lease: Lease) -> None:
+        if lease.begun or lease.stop is not None or lease.abandoned:
+            return
+        lease.begun = True
+        self._desk.put(Begin(lease.lease_id))
+
+    def _begin_restored(self, lease: Lease) -> None:
+        """Begins what was accepted before a restart: only once the server has confirmed it."""
+        if lease.restored and lease.stage is Stage.ACCEPTED and lease.confirmed:
+            self._begin(lease)
+
+    def _stop(self, lease: Lease, cause: StopCause, grace: timedelta | None) -> None:
+        if lease.stage is Stage.ENDED:
+            self._say_again(lease)
+            return
+        if lease.stop is None:
+            lease.stop = StopRequest(cause, grace)
+        if lease.stage >= Stage.SECURING and not lease.abandoned:
+            self._desk.put(Stop(lease.lease_id, cause, grace))
+        elif lease.stage is Stage.PREPARING:
+            lease.stop = StopRequest(lease.stop.cause, grace)
+
+    def _make_stale(self, lease: Lease) -> None:
+        """Stops and forgets; nothing more is told about it."""
+        lease.confirmed = False
+        lease.progress = None
+        lease.log.pause()
+        self._desk.drop(self._desk.events.remove_lease(lease.lease_id))
+        if lease.stale:
+            return
+        lease.stale = True
+        if lease.stage is Stage.ENDED:
+            self._forget(lease)
+        elif lease.stage >= Stage.SECURING:
+            self._desk.put(Stop(lease.lease_id, StopCause.STALE, None))
+
+    def _end(self, lease: Lease, event: pb.Ended) -> None:
+        lease.stage = Stage.ENDED
+        lease.ended_event = event
+        lease.log.final_offset = event.final_log_offset
+        log.info(
+            "job ended",
+            extra={
+                "event": "ended",
+                "lease_id": lease.lease_id,
+                "job_id": lease.job_id,
+                "outcome": Outcome(event.outcome).name,
+            },
+        )
+        entries: list[Entry | pb.LeaseEvent] = [PutPhase(lease.lease_id, LeasePhase.DRAINING)]
+        if lease.checkpoint_next is not None:
+            entries.append(_event(lease, checkpoint_saved=pb.CheckpointSaved(cursor=lease.checkpoint_next)))
+            lease.checkpoint_next = None
+        self._desk.journal([*entries, _event(lease, ended=event)])
+
+    def _reject(self, lease: Lease, error: job_pb2.JobError) -> None:
+        log.warning(
+            "lease rejected",
+            extra={
+                "event": "rejected",
+                "lease_id": lease.lease_id,
+                "job_id": lease.job_id,
+                "error_type": error.type,
+                "error": error.message,
+            },
+        )
+        self._leave(lease, [_event(lease, rejected=pb.Rejected(error=error))])
+
+    def _give_back(self, lease: Lease, reason: str) -> None:
+        log.info(
+            "lease released",
+            extra={"event": "released", "lease_id": lease.lease_id, "job_id": lease.job_id, "reason": reason},
+        )
+        self._leave(lease, [_event(lease, released=pb.Released(reason=reason))])
+
+    def _forget_if_done(self, lease: Lease) -> None:
+        if lease.stage is Stage.ENDED and lease.end_acked and lease.log.complete:
+            self._forget(lease)
+
+    def _forget(self, lease: Lease) -> None:
+        log.debug("lease forgotten", extra={"event": "forgotten", "lease_id": lease.lease_id, "job_id": lease.job_id})
+        dropped = self._desk.events.remove_lease(lease.lease_id)
+        self._leave(lease, [DropEvents(dropped)] if dropped else [])
+
+    def _leave(self, lease: Lease, entries: Iterable[Entry | pb.LeaseEvent]) -> None:
+        """No longer holds a lease. Its files go only after its row: a row without files would read as a loss."""
+        lease_id = lease.lease_id
+        self._held.pop(lease_id, None)
+        self._bury(lease_id)
+        self._desk.journal([DropLease(lease_id), *entries], lambda _error: self._desk.put(Forget(lease_id)))
+
+    def _release_unheld(self, job_id: str, lease_id: int, reason: str) -> None:
+        """Answers for a lease that is not held, with what is still owed about it or with Released."""
+        if any(True for _ in self._desk.events.of_lease(lease_id)):
+            self._desk.events.unsend(lease_id)
+            return
+        self._bury(lease_id)
+        event = pb.LeaseEvent(job_id=job_id, lease_id=lease_id, released=pb.Released(reason=reason))
+        self._desk.journal([DropLease(lease_id), event])
+
+    def _drop_unheld(self, lease_id: int) -> None:
+        dropped = self._desk.events.remove_lease(lease_id)
+        self._bury(lease_id)
+        self._desk.journal([DropLease(lease_id), *([DropEvents(dropped)] if dropped else [])])
+
+    def _bury(self, lease_id: int) -> None:
+        self._tombstones.pop(lease_id, None)
+        self._tombstones[lease_id] = None
+        while len(self._tombstones) > MAX_TOMBSTONES:
+            del self._tombstones[next(iter(self._tombstones))]
+
+    def _say_again(self, lease: Lease) -> None:
+        """Repeats what is so of a held lease. What is not journalled yet is said when it is."""
+        if lease.abandoned or lease.stage < Stage.ACCEPTED:
+            return
+        if lease.stage is Stage.ENDED and lease.ended_event is None:
+            # Found again after a restart, and not read yet: it will be told.
+            return
+        owed = list(self._desk.events.of_lease(lease.lease_id))
+        self._desk.events.unsend(lease.lease_id)
+        if lease.stage is Stage.ENDED and lease.ended_event is not None:
+            kind, event = "ended", _event(lease, ended=lease.ended_event)
+        elif lease.stage is Stage.RUNNING:
+            kind, event = "running", _event(lease, running=lease.start_time_event or pb.Running())
+        else:
+            kind, event = "accepted", _event(lease, accepted=pb.Accepted())
+        if all(pending.kind != kind for pending in owed):
+            # Not journalled: it tells nothing that the journal does not know.
+            self._desk.events.add(event, committed=True)
+
+    def _put_checkpoint(self, lease: Lease, cursor: str) -> None:
+        event = _event(lease, checkpoint_saved=pb.CheckpointSaved(cursor=cursor))
+        entries: list[Entry | pb.LeaseEvent] = [event]
+        unsent = self._desk.events.get(lease.checkpoint_seq)
+        # With a live stream the older one is about to leave: replaced by each
+        # next one, none would ever be sent.
+        if unsent is not None and unsent.sent_ns is None and self._session.link is not Link.UP:
+            self._desk.events.remove([lease.checkpoint_seq])
+            entries.append(DropEvents((lease.checkpoint_seq,)))
+        self._desk.journal(entries, lambda _error: self._checkpointed(lease))
+        lease.checkpoint_seq = event.seq
+
+    def _checkpointed(self, lease: Lease) -> None:
+        if (cursor := lease.checkpoint_next) is not None and lease.stage is not Stage.ENDED:
+            lease.checkpoint_next = None
+            self._put_checkpoint(lease, cursor)
+
+    def _resume_log(self, lease: Lease, answer: pb.LeaseAnswer, now_ns: int) -> None:
+        if lease.abandoned:
+            return
+        position = position_of(answer.log) if answer.HasField("log") else Position()
+        if position is None:
+            log.error("contradictory log position ignored", extra={"event": "log_resume", "lease_id": lease.lease_id})
+            position = lease.log.acked
+        lease.log.resume(position, now_ns)
+
+    def _renew(self, lease: Lease) -> None:
+        if lease.confirmed and not lease.abandoned and Stage.SECURING <= lease.stage <= Stage.RUNNING:
+            self._desk.put(Renew(lease.lease_id, lease.deadline_ns(self._session.renewed_ns)))
+
+
+def _event(
+    lease: Lease,
+    *,
+    accepted: pb.Accepted | None = None,
+    rejected: pb.Rejected | None = None,
+    running: pb.Running | None = None,
+    ended: pb.Ended | None = None,
+    released: pb.Released | None = None,
+    checkpoint_saved: pb.CheckpointSaved | None = None,
+) -> pb.LeaseEvent:
+    return pb.LeaseEvent(
+        job_id=lease.job_id,
+        lease_id=lease.lease_id,
+        accepted=accepted,
+        rejected=rejected,
+        running=running,
+        ended=ended,
+        released=released,
+        checkpoint_saved=checkpoint_saved,
+    )
+
+
+def _infrastructure(type_: str, message: str) -> job_pb2.JobError:
+    return outcomes.job_error(job_pb2.ERROR_CLASS_INFRASTRUCTURE, type_, message, retryable=True)

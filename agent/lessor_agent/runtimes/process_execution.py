@@ -1,0 +1,360 @@
+"""One attempt that runs as processes of this host, as the agent sees it.
+
+The keeper is the authority: this object passes orders on and hears of changes
+over the keeper's socket, and reads the outcome from its file when the keeper is
+gone. Nothing is lost if the agent dies at any point: another object for the
+same lease is made from the directory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import socket
+import stat
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Protocol
+
+from lessor_agent.boottime import boot_id
+from lessor_agent.keeper.directory import LeaseDirectory, Outcome, connect_homeless, peer
+from lessor_agent.keeper.record import DeadlineRecord
+from lessor_agent.keeper.tree import end_lease_processes, read_process
+from lessor_agent.runtimes.base import Execution, ExecutionVanished, Exit, Handle, OutputFiles, StopCause
+
+log = logging.getLogger(__name__)
+
+HANDLE_VERSION = 1
+RUNTIME_NAME = "process"
+
+_SWEEP_PATIENCE_S = 2.0
+_PREPARED, _RUNNING, _ENDED = "prepared", "running", "ended"
+
+
+class ExecutionHome(Protocol):
+    """What an execution needs of the runtime it belongs to."""
+
+    async def sweep(self) -> None:
+        """Returns once the zygote has ended what it caught of dead keepers' trees. Never fails."""
+
+    def forgotten(self, lease_id: int) -> None:
+        """The execution has removed itself."""
+
+
+class ProcessExecution(Execution):
+    """An attempt with its keeper, or with the outcome a keeper left."""
+
+    def __init__(self, lease_id: int, path: Path, home: ExecutionHome) -> None:
+        """Makes one that knows nothing yet; :meth:`connect` or :meth:`conclude` must follow.
+
+        Args:
+            lease_id: The lease.
+            path: Its directory.
+            home: What it needs of its runtime.
+        """
+        self.lease_id = lease_id
+        self.path = path
+        self.output = OutputFiles(stdout=path / "stdout", stderr=path / "stderr", events=path / "events")
+        self.handle = Handle(RUNTIME_NAME, HANDLE_VERSION, {"lease_id": lease_id})
+        self._home = home
+        self._boot_id = boot_id()
+        self._record: DeadlineRecord | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._keeper_fd = -1
+        self._keeper_gone = asyncio.Event()
+        self._reader: asyncio.Task[None] | None = None
+        self._state = _PREPARED
+        self._changed = asyncio.Event()
+        self._begin_sent = False
+        self._started_at_ns: int | None = None
+        self._main_pid: int | None = None
+        self._told: Outcome | None = None
+        self._exit: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
+
+    async def connect(self, connection: socket.socket) -> None:
+        """Takes over ``connection``, at whose other end is the keeper.
+
+        Raises:
+            ExecutionVanished: The keeper ended at this very moment; look again.
+        """
+        keeper_pid, _ = peer(connection)
+        try:
+            self._watch(keeper_pid)
+        except ProcessLookupError:
+            connection.close()
+            raise ExecutionVanished(f"the keeper of lease {self.lease_id} ended meanwhile") from None
+        self._open_record()
+        reader, self._writer = await asyncio.open_unix_connection(sock=connection)
+        self._reader = asyncio.create_task(self._follow(reader), name=f"keeper-{self.lease_id}")
+
+    def conclude(self, outcome: Outcome) -> None:
+        """Takes note of how it ended. No keeper guards it any more."""
+        self._keeper_gone.set()
+        self._end(outcome)
+
+    # -- Execution -----------------------------------------------------------
+
+    async def begin(self) -> None:
+        """Lets the workload run; returns once it does, could not, or was ended before.
+
+        See :meth:`Execution.begin`. :meth:`wait` tells which.
+        """
+        if not self._begin_sent and self._state == _PREPARED:
+            self._begin_sent = True
+            self._order({"op": "begin"})
+        while self._state == _PREPARED:
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def wait(self) -> Exit:
+        """Returns how it ended; see :meth:`Execution.wait`. Cancelled if the runtime is closed before."""
+        return await asyncio.shield(self._exit)
+
+    async def stop(self, cause: StopCause, grace: timedelta | None = None) -> None:
+        """Asks it to stop; see :meth:`Execution.stop`."""
+        grace_ms = None if grace is None else max(0, round(grace / timedelta(milliseconds=1)))
+        self._order({"op": "stop", "cause": str(cause), "grace_ms": grace_ms})
+
+    def renew(self, deadline_ns: int) -> None:
+        """Moves the deadline forward; see :meth:`Execution.renew`."""
+        if self._record is not None:
+            self._record.renew(deadline_ns)
+
+    async def forget(self) -> None:
+        """Removes the lease's directory, once the keeper has exited."""
+        await self._keeper_gone.wait()
+        await self.let_go()
+        await asyncio.to_thread(remove_tree, self.path)
+        self._home.forgotten(self.lease_id)
+
+    async def let_go(self) -> None:
+        """Closes what this object holds. The execution itself goes on."""
+        if self._reader is not None:
+            self._reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._reader
+            self._reader = None
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        self._unwatch()
+        if self._record is not None:
+            self._record.close()
+            self._record = None
+        if not self._exit.done():
+            self._exit.cancel()
+        self._state = _ENDED
+        self._changed.set()
+
+    @property
+    def ended(self) -> bool:
+        """Whether :meth:`wait` would return at once."""
+        return self._exit.done()
+
+    # -- the keeper ------------------------------------------------------------
+
+    def _watch(self, keeper_pid: int) -> None:
+        self._keeper_fd = os.pidfd_open(keeper_pid)
+        process = read_process(keeper_pid)
+        if process is None:
+            os.close(self._keeper_fd)
+            self._keeper_fd = -1
+            raise ProcessLookupError(keeper_pid)
+        asyncio.get_running_loop().add_reader(self._keeper_fd, self._on_keeper_gone)
+        self.handle = Handle(
+            RUNTIME_NAME,
+            HANDLE_VERSION,
+            {
+                "lease_id": self.lease_id,
+                "keeper_pid": keeper_pid,
+                "keeper_start": process.start_ticks,
+                "boot_id": self._boot_id,
+            },
+        )
+
+    def _unwatch(self) -> None:
+        if self._keeper_fd >= 0:
+            asyncio.get_running_loop().remove_reader(self._keeper_fd)
+            os.close(self._keeper_fd)
+            self._keeper_fd = -1
+
+    def _on_keeper_gone(self) -> None:
+        self._unwatch()
+        self._keeper_gone.set()
+
+    def _open_record(self) -> None:
+        try:
+            directory = LeaseDirectory(str(self.path), self.lease_id)
+        except OSError:
+            # The directory was deleted. The keeper tells where the record can still be reached.
+            return
+        try:
+            self._record = directory.map_record(self._boot_id)
+        except (OSError, ValueError):
+            log.warning("no deadline record", extra={"event": "record_missing", "lease_id": self.lease_id})
+        finally:
+            directory.close()
+
+    def _open_record_of_keeper(self, record_fd: int) -> None:
+        """Maps a record whose file was deleted: the keeper still has it open."""
+        try:
+            fd = os.open(f"/proc/{self.handle.data['keeper_pid']}/fd/{record_fd}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            self._record = DeadlineRecord(fd, self.lease_id, self._boot_id)
+        except (OSError, ValueError):
+            return
+        finally:
+            os.close(fd)
+
+    def _order(self, order: dict[str, object]) -> None:
+        if self._writer is not None and not self._writer.is_closing() and not self._exit.done():
+            self._writer.write(json.dumps(order).encode() + b"\n")
+
+    async def _follow(self, reader: asyncio.StreamReader) -> None:
+        """Hears the keeper out, then finds out how it ended."""
+        with contextlib.suppress(ConnectionError):
+            while line := await reader.readline():
+                self._hear(json.loads(line))
+        # The keeper hangs up only by exiting; the lock is free and the outcome stored when it has.
+        await self._keeper_gone.wait()
+        outcome = self._told or self._stored_outcome()
+        if outcome is None:
+            log.error("keeper died", extra={"event": "keeper_died", "lease_id": self.lease_id})
+            await self._home.sweep()
+            outcome = await end_orphaned(self.path, self.lease_id, self._main_pid, self._started_at_ns)
+        self._end(outcome)
+
+    def _hear(self, status: dict[str, object]) -> None:
+        self._main_pid = _number(status["pid"])
+        self._started_at_ns = _number(status["started_at_ns"])
+        record_fd = _number(status["record_fd"])
+        if self._record is None and record_fd is not None:
+            self._open_record_of_keeper(record_fd)
+        if isinstance(outcome := status["outcome"], dict):
+            self._told = Outcome.from_json(outcome)
+        if status["state"] == _RUNNING:
+            self._state = _RUNNING
+            self._changed.set()
+
+    def _stored_outcome(self) -> Outcome | None:
+        try:
+            directory = LeaseDirectory(str(self.path), self.lease_id)
+        except OSError:
+            return None
+        try:
+            return directory.read_outcome()
+        except ValueError:
+            log.error("outcome is damaged", extra={"event": "outcome_damaged", "lease_id": self.lease_id})
+            return None
+        finally:
+            directory.close()
+
+    def _end(self, outcome: Outcome) -> None:
+        self._state = _ENDED
+        if not self._exit.done():
+            self._exit.set_result(exit_of(outcome))
+        self._changed.set()
+
+
+async def end_orphaned(path: Path, lease_id: int, session: int | None, started_at_ns: int | None) -> Outcome:
+    """Ends what runs of a lease whose keeper was killed, and stores that as its outcome.
+
+    Returns only when nothing of it is left.
+
+    Args:
+        path: The lease's directory; it need not exist any more.
+        lease_id: The lease.
+        session: The workload's session, if it was this very agent that saw the keeper die; else None.
+        started_at_ns: When the workload began, in Unix nanoseconds; None: never.
+    """
+    while not await asyncio.to_thread(end_lease_processes, str(path), session, patience_s=_SWEEP_PATIENCE_S):
+        log.warning("processes cannot be killed yet", extra={"event": "unkillable", "lease_id": lease_id})
+    outcome = Outcome(
+        lease_id=lease_id,
+        exit_code=None,
+        signal=0,
+        stop_cause=StopCause.KEEPER_DIED.value,
+        start_error=None,
+        started_at_ns=started_at_ns,
+        ended_at_ns=time.time_ns(),
+    )
+    try:
+        directory = LeaseDirectory(str(path), lease_id)
+    except OSError:
+        return outcome
+    try:
+        await asyncio.to_thread(directory.write_outcome, outcome)
+    except OSError:
+        log.warning("outcome not stored", extra={"event": "outcome_not_stored", "lease_id": lease_id}, exc_info=True)
+    finally:
+        directory.close()
+    return outcome
+
+
+def exit_of(outcome: Outcome) -> Exit:
+    """Returns an outcome in the agent's terms."""
+    return Exit(
+        exit_code=outcome.exit_code,
+        signal=outcome.signal,
+        stop_cause=None if outcome.stop_cause is None else StopCause(outcome.stop_cause),
+        start_error=outcome.start_error,
+        started_at=None if outcome.started_at_ns is None else _utc(outcome.started_at_ns),
+        ended_at=_utc(outcome.ended_at_ns),
+    )
+
+
+def connect_keeper(path: Path, lease_id: int) -> socket.socket | None:
+    """Connects to the keeper that serves ``path``; None if none listens there."""
+    try:
+        directory = LeaseDirectory(str(path), lease_id)
+    except OSError:
+        return None
+    try:
+        return directory.connect()
+    except OSError:
+        return None
+    finally:
+        directory.close()
+
+
+def connect_keeper_by_pid(pid: int) -> socket.socket | None:
+    """Connects to a keeper whose directory was deleted; None if it ended meanwhile."""
+    try:
+        return connect_homeless(pid)
+    except OSError:
+        return None
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a lease's directory, also what the workload made unremovable for its owner. Blocks.
+
+    Raises:
+        OSError: Something cannot be removed.
+    """
+
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+    except PermissionError:
+        os.chmod(path, stat.S_IRWXU)
+        for parent, names, _ in os.walk(path):
+            for name in names:
+                if not os.path.islink(directory := os.path.join(parent, name)):
+                    os.chmod(directory, stat.S_IRWXU)
+        shutil.rmtree(path)
+
+
+def _utc(unix_ns: int) -> datetime:
+    return datetime.fromtimestamp(unix_ns // 1000 / 1_000_000, UTC)
+
+
+def _number(value: object) -> int | None:
+    return value if isinstance(value, int) else None

@@ -1,0 +1,93 @@
+"""The agent's state directory: made private, held by one agent, known by one lasting id."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import uuid
+from pathlib import Path
+from types import TracebackType
+
+
+class StateDirError(Exception):
+    """The state directory cannot be used; the message says why and what to do."""
+
+
+class StateDir:
+    """A state directory, locked while this object is open.
+
+    The lock belongs to the open file: it goes with the process, however that
+    ends, and no keeper inherits it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Makes ``path`` (mode 0700) if it is missing, and takes its lock.
+
+        Raises:
+            StateDirError: It cannot be made or written, or another agent has it.
+        """
+        self.path = path.absolute()
+        self._lock_fd = -1
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock_fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StateDirError(
+                f"cannot use the state directory {self.path}: {error.strerror or error}; "
+                "give one that this user can write with --state-dir"
+            ) from error
+        try:
+            self._take_lock()
+            self.agent_id = self._read_agent_id()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Gives the lock back."""
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def __enter__(self) -> StateDir:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise StateDirError(f"cannot lock the state directory {self.path}: {error.strerror}") from error
+            holder = os.pread(self._lock_fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            raise StateDirError(
+                f"another agent (pid {holder}) uses the state directory {self.path}; "
+                "stop it or give another --state-dir"
+            ) from error
+        try:
+            os.ftruncate(self._lock_fd, 0)
+            os.pwrite(self._lock_fd, f"{os.getpid()}\n".encode("ascii"), 0)
+        except OSError:
+            # A full disk: the lock holds all the same, only its note is missing.
+            return
+
+    def _read_agent_id(self) -> str:
+        path = self.path / "agent_id"
+        try:
+            if path.exists() and (agent_id := path.read_text("ascii").strip()):
+                return agent_id
+            agent_id = str(uuid.uuid4())
+            fresh = path.with_suffix(".new")
+            with open(fresh, "w", encoding="ascii") as file:
+                file.write(agent_id + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(fresh, path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise StateDirError(f"cannot read or write the agent's id in {path}: {error}") from error
+        return agent_id

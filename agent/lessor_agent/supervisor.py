@@ -1,0 +1,433 @@
+"""Carries out what the protocol core asks for, and tells it what happens on the host.
+
+Everything runs on one event loop; what can block (the journal, the disk, NVML)
+runs in threads, so that a heartbeat waits for none of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lessor.v1 import agent_service_pb2 as pb
+from lessor.v1 import job_pb2
+from lessor_agent.adoption import Adopted, end_strays
+from lessor_agent.boottime import boottime_ns
+from lessor_agent.journal import Journal
+from lessor_agent.logs import OutputReader, OutputWatcher
+from lessor_agent.protocol import actions as act
+from lessor_agent.protocol.core import AgentCore, Loss
+from lessor_agent.protocol.lease import duration
+from lessor_agent.protocol.outcomes import Ending, job_error, timestamp
+from lessor_agent.runtimes.base import (
+    Execution,
+    ExecutionVanished,
+    Exit,
+    Runtime,
+    StartRefused,
+    StartRequest,
+    StopCause,
+)
+from lessor_agent.stream import Streams
+from lessor_agent.workload_events import EventReader, News
+
+log = logging.getLogger(__name__)
+
+COALESCE_S = 0.01
+"""Output of one job is looked at this often at most."""
+
+MAX_TIMER_S = 1.0
+"""The loop's clock stands still while the host is suspended: look at the real one this often."""
+
+MAX_LOG_MESSAGE_BYTES = 256 * 1024
+"""Log bytes per message: what a heartbeat may have to wait behind."""
+
+T = TypeVar("T")
+
+ReadGpus = Callable[[], Sequence[pb.GpuReading]]
+"""Reads all GPUs; may block."""
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One execution in the supervisor's hands."""
+
+    execution: Execution
+    output: OutputReader
+    events: EventReader
+    rebooted: bool
+    unwatch: Callable[[], None]
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    exit: Exit | None = None
+    """How it ended, once ``over`` is set; None then: nobody knows."""
+
+
+class Supervisor:
+    """Runs the agent: core, stream, journal, executions."""
+
+    def __init__(
+        self,
+        core: AgentCore,
+        *,
+        streams: Streams,
+        journal: Journal,
+        runtimes: Mapping[str, Runtime],
+        adopted: Adopted,
+        read_gpus: ReadGpus,
+        gpu_interval_s: float,
+        clock_ns: Callable[[], int] = boottime_ns,
+    ) -> None:
+        """Makes a supervisor over open parts; :meth:`run` closes none of them but ``streams``.
+
+        Args:
+            core: The protocol core, made from ``adopted.restored``.
+            streams: The connection.
+            journal: Open, or failed to open: then it refuses what it is given.
+            runtimes: Name → open runtime.
+            adopted: What was found on the host.
+            read_gpus: Reads the GPUs, in a thread.
+            gpu_interval_s: How often.
+            clock_ns: CLOCK_BOOTTIME.
+        """
+        self._core = core
+        self._streams = streams
+        self._journal = journal
+        self._runtimes = runtimes
+        self._adopted = adopted
+        self._read_gpus = read_gpus
+        self._gpu_interval_s = gpu_interval_s
+        self._clock_ns = clock_ns
+        self._attempts: dict[int, Attempt] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._stopping = asyncio.Event()
+        self._exit_code = 0
+        self._crash: BaseException | None = None
+        self._logs: deque[act.SendLog] = deque()
+        self._logs_waiting = asyncio.Event()
+
+    async def run(self) -> int:
+        """Serves until :meth:`stop` or a refusal that nothing can heal; returns the exit code.
+
+        Executions go on under their keepers when it returns, or is cancelled.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._watcher = OutputWatcher()
+        # One thread: an output file is never closed while it is being read.
+        self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
+        try:
+            for lease_id, execution in self._adopted.executions.items():
+                self._attend(lease_id, execution, rebooted=self._adopted.rebooted)
+            self._spawn(self._send_logs(), "log-sender")
+            self._spawn(self._watch_gpus(), "gpus")
+            self._do(self._core.start(self._clock_ns()))
+            await self._stopping.wait()
+        finally:
+            await self._wind_up()
+        if self._crash is not None:
+            raise self._crash
+        return self._exit_code
+
+    def stop(self, reason: str) -> None:
+        """Has :meth:`run` say Goodbye and return; jobs go on."""
+        if not self._stopping.is_set():
+            log.info(
+                "agent stops; its jobs go on under their keepers until their leases run out",
+                extra={"event": "stopping", "reason": reason, "leases": len(self._core.leases)},
+            )
+            self._do(self._core.shutdown(reason, self._clock_ns()))
+            self._stopping.set()
+
+    # ── the stream's listener ────────────────────────────────────────────────
+
+    def stream_opened(self, stream_id: int) -> None:
+        """See :class:`lessor_agent.stream.StreamListener`."""
+        self._do(self._core.stream_opened(stream_id, self._clock_ns()))
+
+    def stream_message(self, stream_id: int, message: pb.ConnectResponse) -> None:
+        """See :class:`lessor_agent.stream.StreamListener`."""
+        self._do(self._core.message(stream_id, message, self._clock_ns()))
+
+    def stream_lost(self, stream_id: int, loss: Loss) -> None:
+        """See :class:`lessor_agent.stream.StreamListener`."""
+        self._do(self._core.stream_lost(stream_id, loss, self._clock_ns()))
+
+    # ── actions ──────────────────────────────────────────────────────────────
+
+    def _do(self, actions: Sequence[act.Action]) -> None:
+        for action in actions:
+            self._do_one(action)
+        self._schedule()
+
+    def _do_one(self, action: act.Action) -> None:
+        match action:
+            case act.Send():
+                self._streams.send(action.stream_id, action.message, urgent=action.urgent)
+            case act.SendLog():
+                self._logs.append(action)
+                self._logs_waiting.set()
+            case act.Journal():
+                self._journal.submit(action.ticket, action.entries, self._journal_done)
+            case act.Renew():
+                if (attempt := self._attempts.get(action.lease_id)) is not None:
+                    attempt.execution.renew(action.deadline_ns)
+            case act.Prepare():
+                self._spawn(self._prepare(action), f"prepare-{action.lease_id}")
+            case act.Begin():
+                self._spawn(self._begin(action.lease_id), f"begin-{action.lease_id}")
+            case act.Stop():
+                self._spawn(self._stop_execution(action), f"stop-{action.lease_id}")
+            case act.Forget():
+                self._spawn(self._forget(action.lease_id), f"forget-{action.lease_id}")
+            case act.OpenStream():
+                self._streams.open(action.stream_id, self)
+            case act.CloseStream():
+                self._streams.close(action.stream_id)
+            case act.GiveUp():
+                log.error("the server refuses this agent", extra={"event": "refused", "error": action.message})
+                self._exit_code = 1
+                self._stopping.set()
+
+    def _schedule(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        wakeup_ns = self._core.next_wakeup_ns()
+        if wakeup_ns is not None and not self._stopping.is_set():
+            delay_s = (wakeup_ns - self._clock_ns()) / 1e9
+            self._timer = self._loop.call_later(min(max(delay_s, 0.0), MAX_TIMER_S), self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._do(self._core.tick(self._clock_ns()))
+
+    def _journal_done(self, ticket: int, error: str | None) -> None:
+        """Comes in the journal's thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._journal_settled, ticket, error)
+        except RuntimeError:
+            # The loop is closed: the agent has left, and reads the journal when it comes back.
+            log.debug("journal settled after the end", extra={"event": "journal_late", "ticket": ticket})
+
+    def _journal_settled(self, ticket: int, error: str | None) -> None:
+        if error is None:
+            self._do(self._core.journal_committed(ticket, self._clock_ns()))
+        else:
+            self._do(self._core.journal_failed(ticket, error, self._clock_ns()))
+
+    # ── executions ───────────────────────────────────────────────────────────
+
+    async def _prepare(self, action: act.Prepare) -> None:
+        runtime = self._runtimes[action.runtime]
+        try:
+            execution = await runtime.prepare(start_request(action.grant, action.deadline_ns))
+        except StartRefused as refusal:
+            error = job_error(job_pb2.ERROR_CLASS_INFRASTRUCTURE, "START_REFUSED", str(refusal), retryable=True)
+            self._do(self._core.prepare_refused(action.lease_id, error, self._clock_ns()))
+        except Exception as failure:
+            # Whatever went wrong, it must not cost the slot: end what may stand, then say that nothing does.
+            log.exception(
+                "the runtime failed to prepare a job", extra={"event": "prepare", "lease_id": action.lease_id}
+            )
+            await end_strays(runtime, set(), only=action.lease_id)
+            message = f"{type(failure).__name__}: {failure}"
+            error = job_error(job_pb2.ERROR_CLASS_INFRASTRUCTURE, "PREPARE_FAILED", message, retryable=True)
+            self._do(self._core.prepare_refused(action.lease_id, error, self._clock_ns()))
+        else:
+            self._attend(action.lease_id, execution, rebooted=False)
+            self._do(self._core.prepared(action.lease_id, execution.handle, self._clock_ns()))
+
+    async def _begin(self, lease_id: int) -> None:
+        attempt = self._attempts.get(lease_id)
+        if attempt is None:
+            return
+        try:
+            await attempt.execution.begin()
+        except Exception:
+            log.exception("the runtime failed to begin a job", extra={"event": "begin", "lease_id": lease_id})
+            await attempt.execution.stop(StopCause.KEEPER_DIED)
+            return
+        self._do(self._core.running(lease_id, datetime.now(UTC), self._clock_ns()))
+
+    async def _stop_execution(self, action: act.Stop) -> None:
+        attempt = self._attempts.get(action.lease_id)
+        if attempt is not None:
+            await attempt.execution.stop(action.cause, action.grace)
+
+    async def _forget(self, lease_id: int) -> None:
+        attempt = self._attempts.pop(lease_id, None)
+        if attempt is None:
+            return
+        attempt.unwatch()
+        await self._in_disk_thread(attempt.output.close)
+        try:
+            await attempt.execution.forget()
+        except Exception:
+            # Its lease is over and answered: what is left costs disk, nothing else.
+            log.exception("files of an ended job remain", extra={"event": "forget", "lease_id": lease_id})
+
+    def _attend(self, lease_id: int, execution: Execution, *, rebooted: bool) -> None:
+        output = OutputReader(execution.output)
+        changed = asyncio.Event()
+        files: tuple[Path, ...] = (execution.output.stdout, execution.output.stderr, execution.output.events)
+        unwatch = self._watcher.watch(files, changed.set)
+        attempt = Attempt(execution, output, EventReader(lease_id), rebooted, unwatch, changed)
+        # What was written before the watch stood, and by an earlier agent.
+        changed.set()
+        self._attempts[lease_id] = attempt
+        self._spawn(self._await_end(attempt), f"wait-{lease_id}")
+        self._spawn(self._follow(lease_id, attempt), f"follow-{lease_id}")
+
+    async def _await_end(self, attempt: Attempt) -> None:
+        try:
+            attempt.exit = await attempt.execution.wait()
+        except ExecutionVanished:
+            attempt.exit = None
+        attempt.over.set()
+        attempt.changed.set()
+
+    async def _follow(self, lease_id: int, attempt: Attempt) -> None:
+        """Reports what the execution writes, and its end after the last byte."""
+        while True:
+            await attempt.changed.wait()
+            attempt.changed.clear()
+            was_over = attempt.over.is_set()
+            look = await self._in_disk_thread(attempt.output.look)
+            self._report(lease_id, attempt.events.feed(look.events))
+            if look.more_events:
+                attempt.changed.set()
+            elif was_over:
+                break
+            if look.stdout_bytes or look.stderr_bytes:
+                now_ns = self._clock_ns()
+                self._do(self._core.log_available(lease_id, look.stdout_bytes, look.stderr_bytes, now_ns))
+            try:
+                await asyncio.wait_for(attempt.over.wait(), COALESCE_S)
+            except TimeoutError:
+                continue
+        self._report(lease_id, attempt.events.finish())
+        ending = Ending(
+            attempt.exit,
+            attempt.events.result_json,
+            attempt.events.error,
+            look.stdout_bytes,
+            look.stderr_bytes,
+            attempt.rebooted,
+        )
+        # For an end that was journalled by an earlier agent, only the log is news.
+        self._do(self._core.log_available(lease_id, look.stdout_bytes, look.stderr_bytes, self._clock_ns()))
+        self._do(self._core.ended(lease_id, ending, self._clock_ns()))
+
+    def _report(self, lease_id: int, news: News) -> None:
+        if news.progress is not None:
+            self._do(self._core.progress(lease_id, news.progress, self._clock_ns()))
+        if news.checkpoint is not None:
+            self._do(self._core.checkpoint(lease_id, news.checkpoint, self._clock_ns()))
+
+    # ── background ───────────────────────────────────────────────────────────
+
+    async def _send_logs(self) -> None:
+        while True:
+            await self._logs_waiting.wait()
+            batch, size = [], 0
+            while self._logs and size < MAX_LOG_MESSAGE_BYTES:
+                batch.append(self._logs.popleft())
+                size += batch[-1].length
+            if not batch:
+                self._logs_waiting.clear()
+                continue
+            chunks = await self._in_disk_thread(partial(self._read_chunks, batch))
+            for stream_id in {action.stream_id for action in batch}:
+                own = [chunk for action, chunk in zip(batch, chunks, strict=True) if action.stream_id == stream_id]
+                message = pb.ConnectRequest(log_chunks=pb.LogChunks(chunks=[chunk for chunk in own if chunk.data]))
+                if message.log_chunks.chunks:
+                    self._streams.send(stream_id, message)
+
+    def _read_chunks(self, batch: Sequence[act.SendLog]) -> list[pb.LogChunk]:
+        time = timestamp(datetime.now(UTC))
+        chunks = []
+        for action in batch:
+            stream = job_pb2.LogStream.ValueType(action.stream)
+            attempt = self._attempts.get(action.lease_id)
+            data = attempt.output.read(stream, action.file_offset, action.length) if attempt is not None else b""
+            chunks.append(
+                pb.LogChunk(
+                    job_id=action.job_id,
+                    lease_id=action.lease_id,
+                    offset=action.offset,
+                    stream=stream,
+                    data=data,
+                    time=time,
+                )
+            )
+        return chunks
+
+    async def _watch_gpus(self) -> None:
+        while True:
+            try:
+                self._core.gpu_readings(await asyncio.to_thread(self._read_gpus))
+            except Exception as error:
+                log.warning("GPUs cannot be read", extra={"event": "gpu_read", "error": str(error)})
+                self._core.gpu_readings(())
+            await asyncio.sleep(self._gpu_interval_s)
+
+    async def _in_disk_thread(self, call: Callable[[], T]) -> T:
+        return await self._loop.run_in_executor(self._disk, call)
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (failure := task.exception()) is not None and self._crash is None:
+            # A broken invariant: end loudly. The jobs are safe under their keepers.
+            self._crash = failure
+            self._stopping.set()
+
+    async def _wind_up(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._stopping.set()
+        await self._streams.aclose()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for attempt in self._attempts.values():
+            attempt.unwatch()
+        self._watcher.close()
+        await asyncio.to_thread(self._disk.shutdown)
+        for attempt in self._attempts.values():
+            attempt.output.close()
+
+
+def start_request(grant: pb.Grant, deadline_ns: int) -> StartRequest:
+    """Returns what a runtime must know to prepare ``grant``."""
+    command = grant.spec.command
+    timeouts = grant.spec.timeouts
+    return StartRequest(
+        lease_id=grant.lease_id,
+        job_id=grant.job_id,
+        attempt=grant.attempt,
+        argv=tuple(command.argv),
+        env=dict(command.env),
+        working_dir=Path(command.working_dir) if command.working_dir else None,
+        user=command.user or None,
+        gpu_uuids=tuple(grant.gpu_uuids),
+        grace=duration(grant.grace),
+        run_timeout=duration(timeouts.run) if timeouts.HasField("run") else None,
+        checkpoint=grant.checkpoint if grant.HasField("checkpoint") else None,
+        deadline_ns=deadline_ns,
+    )
