@@ -87,10 +87,10 @@ def _postgres(wanted: Path | None, ephemeral: bool) -> Iterator[tuple[EmbeddedPo
     """Starts Postgres; yields it and the directory for everything else."""
     if ephemeral:
         with (
-            tempfile.TemporaryDirectory(prefix="lessor-dev-") as home,
+            tempfile.TemporaryDirectory(prefix="lessor-dev-") as folder,
             EmbeddedPostgres(None, durable=False) as postgres,
         ):
-            yield postgres, Path(home)
+            yield postgres, Path(folder)
         return
     base = wanted or default_data_dir().parent / "dev"
     for number in range(1, _MOST_AT_ONCE + 1):

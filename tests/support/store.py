@@ -52,9 +52,7 @@ class Store:
     async def lead(self, holder: str = "test") -> int:
         """Takes the leadership over; returns the epoch."""
         (row,) = await self.database.fetch("read_leader")
-        (taken,) = await self.database.fetch(
-            "take_over", holder=holder, seen_epoch=row["epoch"], seen_beat=row["beat"]
-        )
+        (taken,) = await self.database.fetch("take_over", holder=holder, seen_epoch=row["epoch"], seen_beat=row["beat"])
         self.epoch = taken["epoch"]
         return self.epoch
 

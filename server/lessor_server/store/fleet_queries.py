@@ -238,7 +238,7 @@ def groups_query() -> Select[Any]:
         .limit(1)
         .subquery("first")
     )
-    groups = select(first.subquery("first")).cte("groups", recursive=True)
+    groups = select(first).cte("groups", recursive=True)
     hop = (
         select(after.c.queue_id, after.c.shape_id)
         .where(tuple_(after.c.queue_id, after.c.shape_id) > tuple_(groups.c.queue_id, groups.c.shape_id))

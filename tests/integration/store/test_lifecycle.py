@@ -371,9 +371,7 @@ async def test_a_waiting_job_is_cancelled_at_once(store: Store, where: str) -> N
     ]
 
 
-@pytest.mark.parametrize(
-    ("end", "state"), [(failed(), "CANCELLED"), (succeeded(), "SUCCEEDED"), (lost(), "CANCELLED")]
-)
+@pytest.mark.parametrize(("end", "state"), [(failed(), "CANCELLED"), (succeeded(), "SUCCEEDED"), (lost(), "CANCELLED")])
 async def test_a_cancelled_attempt_ends_as_it_ends(store: Store, end: End, state: str) -> None:
     lease = await store.running(retry=job_pb2.RetryPolicy(max_failures=5))
     assert await store.jobs.cancel([lease.job]) == [job_service_pb2.CANCEL_RESULT_REQUESTED]

@@ -27,7 +27,9 @@ MIDNIGHT = datetime(2031, 5, 17, tzinfo=UTC)
 
 
 async def names(pool: asyncpg.Pool, table: str) -> set[str]:
-    rows = await pool.fetch("SELECT inhrelid::regclass::text AS name FROM pg_inherits WHERE inhparent = $1::regclass", table)
+    rows = await pool.fetch(
+        "SELECT inhrelid::regclass::text AS name FROM pg_inherits WHERE inhparent = $1::regclass", table
+    )
     return {row["name"] for row in rows}
 
 

@@ -72,7 +72,9 @@ class TestEndAndExpire:
     async def test_an_end_after_an_expiry_under_way_still_finishes_the_job(self, store: Store) -> None:
         lease = await store.running()
         await store.set_clock(OVERDUE_MS)
-        expired, verdicts = await overtake(store, lambda t: expire_on(t, store), lambda: store.report(lease, succeeded()))
+        expired, verdicts = await overtake(
+            store, lambda t: expire_on(t, store), lambda: store.report(lease, succeeded())
+        )
         assert (expired, verdicts) == (1, [Verdict.RECORDED])
         assert await store.where(lease.job) == "SUCCEEDED"
 

@@ -1,0 +1,1 @@
+"""The contract's services over gRPC: validation, errors, and thin servicers."""

@@ -1,0 +1,68 @@
+"""A fake server per test, and ways to run the command line against it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+from typer.testing import CliRunner
+
+import lessor
+from lessor.cli.main import app
+from tests.support.fake_services import FakeServer
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    fake = FakeServer()
+    fake.serve()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def client(server: FakeServer) -> Iterator[lessor.Client]:
+    with lessor.Client(server.address, timeout=10) as made:
+        yield made
+
+
+@dataclass
+class Ran:
+    """What a command printed and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(server: FakeServer) -> Callable[..., Ran]:
+    """Runs ``lessor`` in this process, as in a pipe."""
+
+    def run(*argv: str, stdin: str | None = None, address: str | None = None) -> Ran:
+        result = CliRunner().invoke(app, list(argv), input=stdin, env={"LESSOR_ADDRESS": address or server.address})
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return Ran(result.exit_code, result.stdout, result.stderr)
+
+    return run
+
+
+@pytest.fixture
+def lessor_command(server: FakeServer) -> Callable[..., subprocess.Popen[bytes]]:
+    """Starts the installed ``lessor`` as a process of its own, its output in pipes."""
+
+    def start(*argv: str, **options: object) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-c", "import sys; from lessor.cli.main import main; sys.exit(main())", *argv],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "LESSOR_ADDRESS": server.address, "COLUMNS": "200"},
+            **options,  # type: ignore[call-overload]
+        )
+
+    return start
