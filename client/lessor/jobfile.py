@@ -131,7 +131,13 @@ def _from_json(text: str) -> list[Any] | None:
 
 
 def _from_yaml(text: str, name: str) -> Iterator[_Entry]:
-    loader = yaml.SafeLoader(text)
+    try:
+        loader = yaml.SafeLoader(text)
+    except yaml.reader.ReaderError as error:
+        raise InvalidJobFile(
+            f"{name}: is not valid YAML: character {error.position + 1} (#x{error.character:04x}) is not allowed",
+            remedy="save it as plain text",
+        ) from None
     try:
         while loader.check_node():
             node = loader.get_node()

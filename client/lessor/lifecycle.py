@@ -67,6 +67,8 @@ LEASE_TRANSITIONS: dict[tuple[LeasePhase, LeaseEvent], LeasePhase] = {
     (LeasePhase.OFFERED, LeaseEvent.RELEASE): LeasePhase.ENDED,
     (LeasePhase.ACCEPTED, LeaseEvent.RELEASE): LeasePhase.ENDED,
     (LeasePhase.RUNNING, LeaseEvent.RELEASE): LeasePhase.ENDED,
+    # The outcome stands; the log bytes that are missing will not come.
+    (LeasePhase.DRAINING, LeaseEvent.RELEASE): LeasePhase.ENDED,
     (LeasePhase.OFFERED, LeaseEvent.EXPIRE): LeasePhase.ENDED,
     (LeasePhase.ACCEPTED, LeaseEvent.EXPIRE): LeasePhase.ENDED,
     (LeasePhase.RUNNING, LeaseEvent.EXPIRE): LeasePhase.ENDED,

@@ -138,7 +138,11 @@ class Execution(ABC):
 
     @abstractmethod
     async def begin(self) -> None:
-        """Lets the workload run. Called once; a second call changes nothing."""
+        """Lets the workload run. Called once; a second call changes nothing.
+
+        Returns once it runs, could not be run, or was ended before;
+        :meth:`wait` tells which.
+        """
 
     @abstractmethod
     async def wait(self) -> Exit:
@@ -203,7 +207,11 @@ class Runtime(ABC):
 
     @abstractmethod
     async def strays(self) -> list[Handle]:
-        """Returns executions of this agent's state directory found on the host, whoever started them."""
+        """Returns executions of this agent's state directory found on the host, whoever started them, in any state.
+
+        One whose files were deleted while it ran is among them; its
+        :class:`OutputFiles` do not exist.
+        """
 
 
 @dataclass(frozen=True, slots=True)

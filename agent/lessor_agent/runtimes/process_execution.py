@@ -143,6 +143,7 @@ class ProcessExecution(Execution):
             self._writer.close()
             self._writer = None
         self._unwatch()
+        self._keeper_gone.set()
         if self._record is not None:
             self._record.close()
             self._record = None
@@ -239,6 +240,8 @@ class ProcessExecution(Execution):
             self._open_record_of_keeper(record_fd)
         if isinstance(outcome := status["outcome"], dict):
             self._told = Outcome.from_json(outcome)
+            # It is stored and the tree is gone; the keeper's own last millisecond concerns only forget().
+            self._end(self._told)
         if status["state"] == _RUNNING:
             self._state = _RUNNING
             self._changed.set()

@@ -171,6 +171,7 @@ class Follower:
     async def _show_changes(self) -> None:
         """Shows changes until the job is terminal."""
         seen: tuple[JobState | None, int] | None = None
+        shown: tuple[JobState, int] | None = None
         async with aclosing(self._client.watch([self._job_id], include_progress=True)) as changes:
             async for change in changes:
                 await self._shown.wait()
@@ -183,7 +184,11 @@ class Follower:
                 self._moved.set()
                 if change.state is not None and change.state.is_terminal:
                     return
-                self._view.changed(await self._client.get(self._job_id))
+                job = await self._client.get(self._job_id)
+                # The job may have moved on since the change; its next change then tells nothing new.
+                if (job.state, job.attempt) != shown and not job.state.is_terminal:
+                    shown = (job.state, job.attempt)
+                    self._view.changed(job)
 
     async def _explain_while_waiting(self) -> None:
         last = ""

@@ -89,7 +89,7 @@ class LessorGroup(TyperGroup):
             return exit_code_of(error)
         except _UsageFault as error:
             return _usage(error)
-        except typer.Abort:
+        except (KeyboardInterrupt, typer.Abort):
             print("interrupted", file=sys.stderr)
             return INTERRUPTED
 
@@ -160,6 +160,10 @@ def top(context: typer.Context, address: Address = None, json: Json = False) -> 
     """Lessor leases GPUs to jobs.
 
     Start with `lessor dev` on this machine, then `lessor run -- python train.py`.
+
+    Exit codes: 0 done, 1 an error, 2 a wrong option or value, 3 no such job, queue
+    or agent, 4 the server cannot be reached or cannot answer now, 124 a wait timed
+    out, 130 interrupted. `lessor run` exits with the job's own exit code.
     """
     context.obj = Globals(address, json)
     if context.invoked_subcommand is None:

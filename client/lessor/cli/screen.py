@@ -222,24 +222,24 @@ def bar_text(progress: Progress, elapsed: str, width: int) -> str:
     buffer = StringIO()
     console = Console(file=buffer, force_terminal=True, width=width, highlight=False, legacy_windows=False)
     grid = Table.grid(padding=(0, 1))
-    grid.expand = False
     cells: list[Text | ProgressBar] = []
+    left = width
     if progress.fraction is not None:
-        cells.append(ProgressBar(total=1.0, completed=progress.fraction, width=min(_BAR_WIDTH, width // 3)))
+        bar_width = min(_BAR_WIDTH, width // 3)
+        cells.append(ProgressBar(total=1.0, completed=progress.fraction, width=bar_width))
         cells.append(Text(f"{progress.fraction:4.0%}", style="bold"))
+        left -= bar_width + 1 + 5 + 1
     cells.append(Text(elapsed))
+    left -= len(elapsed) + 1
     details = [f"{name} {value:.4g}" for name, value in progress.metrics.items()]
     if progress.message:
         details.insert(0, one_line(progress.message))
-    if details:
-        cells.append(Text("  ".join(details)))
-    for cell in cells:
-        # Only the last one, what the job says, gives way to a narrow terminal.
-        grid.add_column(
-            no_wrap=True,
-            overflow="ellipsis",
-            min_width=cell.cell_len if isinstance(cell, Text) and cell is not cells[-1] else None,
-        )
+    text = Text("  ".join(details))
+    # What the job says gives way to a narrow terminal, not how far it is.
+    text.truncate(max(0, left), overflow="ellipsis")
+    cells.append(text)
+    for _ in cells:
+        grid.add_column(no_wrap=True)
     grid.add_row(*cells)
     console.print(grid, end="")
     return buffer.getvalue().rstrip("\n")

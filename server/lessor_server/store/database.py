@@ -34,6 +34,11 @@ SESSION_SETTINGS = {
     "timezone": "UTC",
 }
 
+# Reads through SQLAlchemy keep one plan per statement: to plan one anew over a
+# hundred partitions takes longer than to run it (8 ms against 1). Tests look at
+# these plans.
+READ_SETTINGS = SESSION_SETTINGS | {"plan_cache_mode": "force_generic_plan"}
+
 # A connection that is gone, a server that stops or starts, or a standby.
 _UNAVAILABLE = (
     OSError,
@@ -112,7 +117,7 @@ class Database:
             max_overflow=0,
             pool_timeout=10,
             pool_recycle=300,
-            connect_args={"server_settings": SESSION_SETTINGS, "timeout": 5, "command_timeout": 60},
+            connect_args={"server_settings": READ_SETTINGS, "timeout": 5, "command_timeout": 60},
         )
         return cls(url, pool, engine)
 

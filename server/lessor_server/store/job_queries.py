@@ -18,6 +18,7 @@ from sqlalchemy import (
     Integer,
     Select,
     SmallInteger,
+    Table,
     Text,
     and_,
     any_,
@@ -32,7 +33,7 @@ from sqlalchemy import (
     union_all,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
-from sqlalchemy.sql.selectable import CompoundSelect
+from sqlalchemy.sql.selectable import CompoundSelect, LateralFromClause
 
 from lessor.lifecycle import LeasePhase
 from lessor_server.domain.states import JobState
@@ -221,7 +222,14 @@ def _asked(numbers: Collection[int]) -> dict[str, Any]:
 def job_rows_query() -> Select[Any]:
     """The statement of :func:`read_jobs`; parameters numbers, lowest, highest."""
     job = t.job
-    live, ready, delayed = t.lease.alias("live"), t.ready, t.delayed
+
+    # Each of them is one look by the key, which no statistics can turn into a scan of the table.
+    def at_most_one(table: Table, *rules: ColumnElement[bool]) -> LateralFromClause:
+        return select(table).where(*rules).limit(1).lateral(f"its_{table.name}")
+
+    ready = at_most_one(t.ready, t.ready.c.job_id == job.c.id)
+    delayed = at_most_one(t.delayed, t.delayed.c.job_id == job.c.id)
+    live = at_most_one(t.lease, t.lease.c.job_id == job.c.id, t.lease.c.member == 0)
     final = (
         select(t.attempt)
         .where(t.attempt.c.job_id == job.c.id, t.attempt.c.final_state.is_not(None))
@@ -286,9 +294,9 @@ def job_rows_query() -> Select[Any]:
             news.c.updated_at,
         )
         .select_from(
-            job.outerjoin(ready, ready.c.job_id == job.c.id)
-            .outerjoin(delayed, delayed.c.job_id == job.c.id)
-            .outerjoin(live, and_(live.c.job_id == job.c.id, live.c.member == 0))
+            job.outerjoin(ready, true())
+            .outerjoin(delayed, true())
+            .outerjoin(live, true())
             .outerjoin(final, true())
             .outerjoin(last, true())
             .outerjoin(news, true())

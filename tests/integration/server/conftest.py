@@ -10,7 +10,7 @@ import pytest
 from lessor_server.bells import Bells
 from lessor_server.store.catalog import Catalog
 from lessor_server.store.database import Database
-from tests.integration.server.rows import Rows
+from tests.support.rows import Rows
 
 
 @pytest.fixture

@@ -699,12 +699,13 @@ def test_an_acked_end_that_the_server_has_lost_is_told_again(found_first: bool) 
     drive = restored(LeasePhase.DRAINING, Fate.FOUND)
     drive.do(drive.core.start(drive.now_ns))
     if found_first:
-        drive.ended(1)
+        drive.ended(1, stdout=10)
     drive.connect(keep(1), start=False)
     if not found_first:
-        drive.ended(1)
+        drive.ended(1, stdout=10)
     assert drive.events() == ["ended"]
     drive.ack_events()
+    drive.ack(logs=[log_position(1, stdout=10)])
     assert drive.held() == []
 
 

@@ -34,6 +34,8 @@ class AgentMachine(RuleBasedStateMachine):
         self.preparing: set[int] = set()
         self.final: dict[int, str] = {}
         """lease_id → the final event that was sent first."""
+        self.told: set[int] = set()
+        """Numbers of the events sent."""
         self.granted: set[int] = set()
         self.stale: set[int] = set()
         self.renewed: dict[int, int] = {}
@@ -133,6 +135,10 @@ class AgentMachine(RuleBasedStateMachine):
                 self.renewed[action.lease_id] = action.deadline_ns
             elif isinstance(action, act.Send):
                 for event in action.message.lease_events.events:
+                    if event.seq in self.told:
+                        # The same event, repeated until it is acked.
+                        continue
+                    self.told.add(event.seq)
                     kind = event.WhichOneof("event") or ""
                     first = self.final.get(event.lease_id)
                     if kind in FINAL:

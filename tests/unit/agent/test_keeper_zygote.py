@@ -10,6 +10,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+
 from lessor_agent.keeper.zygote import Zygote
 
 

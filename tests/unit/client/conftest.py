@@ -57,12 +57,13 @@ def lessor_command(server: FakeServer) -> Callable[..., subprocess.Popen[bytes]]
     """Starts the installed ``lessor`` as a process of its own, its output in pipes."""
 
     def start(*argv: str, **options: object) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
+        process: subprocess.Popen[bytes] = subprocess.Popen(
             [sys.executable, "-c", "import sys; from lessor.cli.main import main; sys.exit(main())", *argv],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, "LESSOR_ADDRESS": server.address, "COLUMNS": "200"},
             **options,  # type: ignore[call-overload]
         )
+        return process
 
     return start

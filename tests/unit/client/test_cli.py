@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import timedelta
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 import lessor
-from lessor.cli import external
+from lessor.cli import external, session
 from lessor.v1 import fleet_service_pb2, job_pb2
 from tests.support.fake_services import FakeServer, Fault
 from tests.unit.client.conftest import Ran
@@ -152,6 +153,7 @@ def test_a_mistake_is_one_line_and_an_exit_code(cli: Cli, argv: tuple[str, ...],
 
 
 def test_nobody_at_the_address(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "FIRST_CONTACT", timedelta(milliseconds=200))
     ran = cli("ps", "--address", "127.0.0.1:1")
     assert ran.code == 4
     assert ran.err == (
@@ -321,7 +323,7 @@ def test_each_help_has_an_example_and_the_common_options(cli: Cli, command: str)
 
 
 def test_a_database_that_is_away(cli: Cli, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lessor.cli.session.FIRST_CONTACT", lessor.cli.session.timedelta(milliseconds=200))  # type: ignore[attr-defined]
+    monkeypatch.setattr(session, "FIRST_CONTACT", timedelta(milliseconds=200))
     server.faults += [Fault("ListJobs", "DATABASE_UNAVAILABLE")] * 50
     ran = cli("ps")
     assert (ran.code, ran.err) == (

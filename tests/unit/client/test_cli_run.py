@@ -12,10 +12,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 
 import pytest
 
-from lessor.cli.output import one_line, span_text
+from lessor.cli import run
+from lessor.cli.follow import Follower, Pace
+from lessor.cli.output import Output, one_line, span_text
 from lessor.cli.screen import bar_text
 from lessor.sdk.jobs import Progress
 from lessor.v1 import job_pb2
@@ -80,10 +83,8 @@ def test_run_exits_as_the_job_did(
 def test_run_says_what_it_waits_for_and_tells_of_a_second_attempt(
     cli: Cli, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import lessor.cli.follow as follow
-
-    impatient = follow.Pace(explain_after=timedelta(milliseconds=20), explain_every=timedelta(milliseconds=20))
-    monkeypatch.setitem(follow.Follower.__init__.__kwdefaults__, "pace", impatient)
+    impatient = Pace(explain_after=timedelta(milliseconds=20), explain_every=timedelta(milliseconds=20))
+    monkeypatch.setattr(run, "Follower", partial(Follower, pace=impatient))
 
     def script(job: str) -> None:
         server.until(lambda: server.count("ExplainJob") >= 3)
@@ -125,6 +126,25 @@ def test_run_as_json_lines(cli: Cli, server: FakeServer) -> None:
     [progress] = [line for line in lines if line["type"] == "progress"]
     assert progress["metrics"] == {"loss": 0.1}
     assert ran.err == ""
+
+
+def test_run_goes_on_over_a_restart_of_the_server(lessor_command: Start, server: FakeServer) -> None:
+    process = lessor_command("run", "--", "x", stdin=subprocess.DEVNULL)
+    server.until(lambda: server.count("StreamLogs") == 1 and server.count("WatchJobs") == 1)
+    [job] = server.jobs
+    server.start(job)
+    server.log(job, b"a\n")
+    server.until(lambda: server.count("GetJob") >= 1)
+    server.stop()
+    server.log(job, b"b\n")
+    server.serve(server.address)
+    server.until(lambda: server.count("StreamLogs") >= 2 and server.count("WatchJobs") >= 2)
+    server.log(job, b"c\n")
+    server.end(job)
+    code, out, err = finish(process)
+    assert (code, out) == (0, "a\nb\nc\n")
+    assert [line for line in err.splitlines() if not line.startswith("lessor: ")] == []
+    assert err.count("runs on alpha") <= 1
 
 
 def test_ctrl_c_in_a_pipe_detaches(lessor_command: Start, server: FakeServer) -> None:
@@ -269,24 +289,34 @@ def test_a_second_ctrl_c_leaves_a_job_that_is_being_cancelled(server: FakeServer
     assert "the job goes on" in terminal.seen
 
 
-def test_tables_on_a_terminal(server: FakeServer) -> None:
+def test_a_table_on_a_terminal(server: FakeServer) -> None:
+    terminal = Terminal(server.address, "queues")
+    assert terminal.code() == 0
+    assert re.search(r"NAME(.|\n)*STATE(.|\n)*default +\S*active", terminal.seen)
+
+
+def test_what_people_see(cli: Cli, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Output, "to_stdout", classmethod(lambda cls, json: cls(json, not json)))
+    monkeypatch.setenv("COLUMNS", "160")
+    assert cli("ps").out == "No such jobs.\n"
     server.add_agent("alpha", gpus=1)
     for argv, pattern in (
-        (("submit", "--name", "[red]x", "--", "x"), r"^j0000000000001\r\n$"),
-        (("ps",), r"ID(.|\n)*NAME(.|\n)*j0000000000001.*queued.*\[red\]x"),
-        (("show", "j0000000000001"), r"id: +j0000000000001"),
-        (("agents", "--gpus"), r"NAME(.|\n)*alpha(.|\n)*AGENT(.|\n)*INDEX(.|\n)*141GiB"),
-        (("queues",), r"NAME(.|\n)*STATE(.|\n)*default"),
-        (("explain", "j0000000000001"), r"is queued\r\n  no_agent_connected: no agent is connected"),
+        (("submit", "--name", "[red]x", "--", "x"), r"^j0000000000001$"),
+        (("ps",), r"^ID +STATE +NAME .*\nj0000000000001 +queued +\[red\]x .* ago"),
+        (("show", "j0000000000001"), r"id: +j0000000000001\nname: +\[red\]x"),
+        (
+            ("agents", "--gpus", "--leases"),
+            r"^NAME +STATE .*\nalpha(.|\n)*\nAGENT +INDEX .*\nalpha.*141GiB(.|\n)*No live",
+        ),
+        (("queues",), r"^NAME +STATE .*\ndefault +active"),
+        (("explain", "j0000000000001"), r"is queued\n  no_agent_connected: no agent is connected"),
         (("drain", "alpha"), r"alpha is draining, with 0 live leases"),
         (("queues", "pause", "default"), r"default is paused: any number of running jobs"),
         (("cancel", "j0000000000001"), r"j0000000000001: cancelled"),
         (("wait", "j0000000000001"), r"job j0000000000001 was cancelled"),
-        (("ps", "--json"), r'\{\r\n  "jobs": \['),
     ):
-        terminal = Terminal(server.address, *argv)
-        terminal.code()
-        assert re.search(pattern, terminal.seen), (argv, terminal.seen)
+        ran = cli(*argv)
+        assert re.search(pattern, ran.out), (argv, ran.out)
 
 
 def test_ps_watch_on_a_terminal(server: FakeServer) -> None:
