@@ -8,7 +8,7 @@ import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -55,6 +55,8 @@ class AgentConfig(BaseSettings):
     """Lease this many GPUs that do not exist, instead of the real ones."""
     env_allow: Annotated[tuple[str, ...], NoDecode] = ()
     """Host variables that jobs see beside :data:`DEFAULT_ENV_ALLOW`; a final ``*`` matches any rest."""
+    on_exit: Literal["keep", "stop"] = "keep"
+    """What becomes of running jobs when the agent is told to stop: they go on under their keepers, or end with it."""
     insecure: bool = False
     """Connect without TLS to a server that is not on this host."""
     log_format: LogFormat = "console"
@@ -168,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--env-allow", metavar="NAME", action="append", help="a host variable that jobs see; NAME* for many; repeatable"
     )
+    add("--on-exit", choices=("keep", "stop"), help="what a stopped agent does with its jobs (default: keep)")
     add("--insecure", action="store_true", default=None, help="connect without TLS to another host")
     add("--log-format", choices=("json", "console"), help="default: console")
     add("--log-level", choices=LEVELS, help="default: info")

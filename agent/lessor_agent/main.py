@@ -96,6 +96,7 @@ async def serve(config: AgentConfig, state: StateDir) -> int:
             adopted=adopted,
             read_gpus=lambda: _readings(gpus),
             gpu_interval_s=config.heartbeat.total_seconds(),
+            keeps_jobs=config.on_exit == "keep",
         )
         log.info(
             "agent starts",

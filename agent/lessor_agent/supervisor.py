@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,6 +46,9 @@ COALESCE_S = 0.01
 
 MAX_TIMER_S = 1.0
 """The loop's clock stands still while the host is suspended: look at the real one this often."""
+
+EXIT_GRACE = timedelta(seconds=2)
+"""From SIGTERM to SIGKILL for the jobs that a stopping agent takes along."""
 
 MAX_LOG_MESSAGE_BYTES = 256 * 1024
 """Log bytes per message: what a heartbeat may have to wait behind."""
@@ -84,6 +87,7 @@ class Supervisor:
         adopted: Adopted,
         read_gpus: ReadGpus,
         gpu_interval_s: float,
+        keeps_jobs: bool = True,
         clock_ns: Callable[[], int] = boottime_ns,
     ) -> None:
         """Makes a supervisor over open parts; :meth:`run` closes none of them but ``streams``.
@@ -96,6 +100,7 @@ class Supervisor:
             adopted: What was found on the host.
             read_gpus: Reads the GPUs, in a thread.
             gpu_interval_s: How often.
+            keeps_jobs: Jobs go on when it is told to stop; False: they end with it.
             clock_ns: CLOCK_BOOTTIME.
         """
         self._core = core
@@ -105,6 +110,7 @@ class Supervisor:
         self._adopted = adopted
         self._read_gpus = read_gpus
         self._gpu_interval_s = gpu_interval_s
+        self._keeps_jobs = keeps_jobs
         self._clock_ns = clock_ns
         self._attempts: dict[int, Attempt] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -131,6 +137,8 @@ class Supervisor:
             self._spawn(self._watch_gpus(), "gpus")
             self._do(self._core.start(self._clock_ns()))
             await self._stopping.wait()
+            if self._crash is None and not self._keeps_jobs:
+                await self._end_jobs()
         finally:
             await self._wind_up()
         if self._crash is not None:
@@ -138,12 +146,13 @@ class Supervisor:
         return self._exit_code
 
     def stop(self, reason: str) -> None:
-        """Has :meth:`run` say Goodbye and return; jobs go on."""
+        """Has :meth:`run` say Goodbye and return; jobs go on, unless the agent takes them along."""
         if not self._stopping.is_set():
-            log.info(
-                "agent stops; its jobs go on under their keepers until their leases run out",
-                extra={"event": "stopping", "reason": reason, "leases": len(self._core.leases)},
-            )
+            fields = {"event": "stopping", "reason": reason, "leases": len(self._core.leases)}
+            if self._keeps_jobs:
+                log.info("agent stops; its jobs go on under their keepers until their leases run out", extra=fields)
+            else:
+                log.info("agent stops and ends its jobs", extra=fields)
             self._do(self._core.shutdown(reason, self._clock_ns()))
             self._stopping.set()
 
@@ -262,6 +271,13 @@ class Supervisor:
         attempt = self._attempts.get(action.lease_id)
         if attempt is not None:
             await attempt.execution.stop(action.cause, action.grace)
+
+    async def _end_jobs(self) -> None:
+        """Ends what runs. Its outcome is on disk: the next agent of this state directory reports it."""
+        executions = [attempt.execution for attempt in self._attempts.values()]
+        for execution in executions:
+            await execution.stop(StopCause.AGENT_STOPPED, EXIT_GRACE)
+        await asyncio.gather(*(execution.wait() for execution in executions), return_exceptions=True)
 
     async def _forget(self, lease_id: int) -> None:
         attempt = self._attempts.pop(lease_id, None)

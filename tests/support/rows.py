@@ -58,14 +58,14 @@ class Rows:
         await self.pool.execute(
             "INSERT INTO agent (id, name, version, labels, runtimes, cpu_millis, memory_bytes, heartbeat_ms, hostname, "
             "boot_id, hardware_id, session_id, connected_at, drained) "
-            "VALUES ($1, $2, '1.0', $3, $4, 8000, 64 << 20, 5000, 'h', 'b', 'w', $5, $6, $7)",
+            "VALUES ($1, $2, '1.0', $3, $4, 8000, 64::bigint << 30, 5000, 'h', 'b', 'w', $5, $6, $7)",
             agent_id, name or agent_id, json.dumps(columns.get("labels", {})),
             json.dumps([{"name": "process", "can_set_user": False}]), session,
             columns.get("connected_at", datetime.now(UTC)), columns.get("drained", False),
         )  # fmt: skip
         for index, uuid in enumerate(gpus):
             await self.pool.execute(
-                "INSERT INTO gpu (agent_id, uuid, index, model, memory_bytes) VALUES ($1, $2, $3, 'NVIDIA H200', 1 << 30)",
+                "INSERT INTO gpu (agent_id, uuid, index, model, memory_bytes) VALUES ($1, $2, $3, 'NVIDIA H200', 141::bigint << 30)",
                 agent_id, uuid, index,
             )  # fmt: skip
         return session
@@ -93,14 +93,14 @@ class Rows:
         )  # fmt: skip
         return number
 
-    async def ready(self, number: int, *, attempts: int = 0, failures: int = 0, losses: int = 0, last: int | None = None):
+    async def ready(self, number: int, *, attempts: int = 0, failures: int = 0, losses: int = 0, last: int | None = None) -> None:
         await self.pool.execute(
             "INSERT INTO ready (job_id, queue_id, shape_id, priority, attempts, failures, losses, last_lease_id) "
             "SELECT id, queue_id, shape_id, priority, $2, $3, $4, $5 FROM job WHERE id = $1",
             number, attempts, failures, losses, last,
         )  # fmt: skip
 
-    async def delayed(self, number: int, not_before: datetime, *, attempts: int, failures: int, last: int | None = None):
+    async def delayed(self, number: int, not_before: datetime, *, attempts: int, failures: int, last: int | None = None) -> None:
         await self.pool.execute(
             "INSERT INTO delayed (job_id, queue_id, shape_id, priority, attempts, failures, losses, last_lease_id, "
             "not_before) SELECT id, queue_id, shape_id, priority, $2, $3, 0, $4, $5 FROM job WHERE id = $1",

@@ -153,6 +153,7 @@ _STOPPED = {
     StopCause.START_TIMEOUT: lambda: _timed_out("START_TIMEOUT", "the job did not start within its start timeout"),
     StopCause.LEASE_LOST: lambda: _lost("LEASE_LOST", "no renewal came in time, so the job was stopped"),
     StopCause.STALE: lambda: _lost("LEASE_LOST", "the server said that the lease was over"),
+    StopCause.AGENT_STOPPED: lambda: _lost("AGENT_STOPPED", "the agent was stopped together with its jobs"),
     StopCause.KEEPER_DIED: _keeper_died,
 }
 

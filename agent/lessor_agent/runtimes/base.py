@@ -50,6 +50,8 @@ class StopCause(StrEnum):
     """No renewal came: the keeper stopped it before the server may give the job to another."""
     STALE = "stale"
     """The server said that the lease is over."""
+    AGENT_STOPPED = "agent_stopped"
+    """The agent was told to take its jobs along when it stops."""
     KEEPER_DIED = "keeper_died"
     """The keeper died under the job; its tree was ended and how it would have ended is unknown."""
 

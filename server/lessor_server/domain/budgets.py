@@ -158,6 +158,17 @@ def requeue_delay(end: Fate, initial: timedelta, maximum: timedelta, jitter: flo
     return end.delay
 
 
+def exhausted_budget(
+    outcome: Outcome, failures: int, losses: int, max_failures: int, max_losses: int
+) -> Budget | None:
+    """Returns which budget a final attempt exhausted, from the counts that stand after it; None: neither."""
+    if outcome in (Outcome.FAILED, Outcome.TIMED_OUT) and failures >= max(max_failures, 1):
+        return Budget.MAX_FAILURES
+    if outcome is Outcome.LOST and losses >= max(max_losses, 1):
+        return Budget.MAX_LOSSES
+    return None
+
+
 def exhausted_message(end: Fate, max_failures: int) -> str:
     """Returns which budget is exhausted, with its numbers; empty when none is."""
     match end.exhausted:

@@ -8,8 +8,9 @@ from datetime import datetime
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from lessor.ids import encode_job_id
-from lessor.lifecycle import LeasePhase
+from lessor.lifecycle import LeasePhase, Outcome
 from lessor.v1 import job_pb2
+from lessor_server.domain.budgets import Fate, exhausted_budget, exhausted_message
 from lessor_server.domain.states import JobState
 from lessor_server.store.job_queries import AttemptRow, JobRow
 
@@ -117,6 +118,17 @@ def _add_end(job: job_pb2.Job, row: JobRow) -> None:
     job.signal = signal or 0
     if error is not None:
         job.error.ParseFromString(error)
+    if row.final_state == JobState.FAILED and outcome is not None:
+        _name_budget(job, Outcome(outcome))
+
+
+def _name_budget(job: job_pb2.Job, outcome: Outcome) -> None:
+    """Says in the error of a failed job which budget was exhausted, if one was."""
+    retry = job.spec.retry
+    budget = exhausted_budget(outcome, job.failures, job.losses, retry.max_failures, retry.max_losses)
+    said = exhausted_message(Fate(JobState.FAILED, job.failures, job.losses, exhausted=budget), retry.max_failures)
+    if said:
+        job.error.message = f"{said}: {job.error.message}" if job.error.message else said
 
 
 def progress_proto(

@@ -15,6 +15,7 @@ from sqlalchemy import (
     Boolean,
     Column,
     Double,
+    Identity,
     Integer,
     LargeBinary,
     MetaData,
@@ -51,13 +52,17 @@ def _required(name: str, kind: TypeEngine[Any] | type[TypeEngine[Any]], *, key: 
     return Column(name, kind, nullable=False, primary_key=key, autoincrement=False)
 
 
+def _identity(name: str, kind: type[TypeEngine[int]]) -> Column[int]:
+    return Column(name, kind, Identity(always=True), nullable=False, primary_key=True)
+
+
 def _optional(name: str, kind: TypeEngine[Any] | type[TypeEngine[Any]]) -> Column[Any]:
     return Column(name, kind, nullable=True)
 
 
 queue = _table(
     "queue",
-    _required("id", Integer, key=True),
+    _identity("id", Integer),
     _required("name", Text),
     _required("paused", Boolean),
     _optional("max_running", Integer),
@@ -67,7 +72,7 @@ queue = _table(
 
 shape = _table(
     "shape",
-    _required("id", BigInteger, key=True),
+    _identity("id", BigInteger),
     _required("digest", LargeBinary),
     _required("spec", JSONB),
 )
@@ -112,7 +117,7 @@ leader = _table(
 
 session = _table(
     "session",
-    _required("id", BigInteger, key=True),
+    _identity("id", BigInteger),
     _required("agent_id", Text),
     _required("epoch", Integer),
     _required("renewed_at", BigInteger),

@@ -133,7 +133,7 @@ async def test_reconnecting_anywhere_loses_and_repeats_nothing(rows: Rows, watch
         async with aclosing(follow(watches, WatchRequest(cursor=cursor))) as responses:
             reader = Reader(responses)
             told += await reader.next()
-            for change in [c for c, _ in zip(pending, range(3), strict=False)]:
+            for change in [c for _, c in zip(range(3), pending, strict=False)]:
                 await rows.event(change)
             bells.changed()
             if len(told) < len(wanted):

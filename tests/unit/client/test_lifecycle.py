@@ -39,6 +39,7 @@ EXPECTED = {
     },
     LeasePhase.DRAINING: {
         LeaseEvent.LOGS_COMPLETE: LeasePhase.ENDED,
+        LeaseEvent.RELEASE: LeasePhase.ENDED,
         LeaseEvent.EXPIRE: LeasePhase.ENDED,
     },
     LeasePhase.ENDED: {},
