@@ -313,6 +313,7 @@ class Supervisor:
 
     async def _follow(self, lease_id: int, attempt: Attempt) -> None:
         """Reports what the execution writes, and its end after the last byte."""
+        seen = (0, 0)
         while True:
             await attempt.changed.wait()
             attempt.changed.clear()
@@ -323,9 +324,13 @@ class Supervisor:
                 attempt.changed.set()
             elif was_over:
                 break
-            if look.stdout_bytes or look.stderr_bytes:
-                now_ns = self._clock_ns()
-                self._do(self._core.log_available(lease_id, look.stdout_bytes, look.stderr_bytes, now_ns))
+            written = (look.stdout_bytes, look.stderr_bytes)
+            if written == seen and not look.events:
+                # Nothing to coalesce: the next byte is to be seen at once.
+                continue
+            if written != seen:
+                self._do(self._core.log_available(lease_id, *written, self._clock_ns()))
+                seen = written
             try:
                 await asyncio.wait_for(attempt.over.wait(), COALESCE_S)
             except TimeoutError:

@@ -155,8 +155,16 @@ class Checkpoints:
             self.own.append(path)
         return path
 
+    def newest_first(self) -> list[Path]:
+        """Returns what all attempts of this job left, the furthest first.
+
+        An attempt whose agent died goes on until its lease runs out: it saves
+        more than it can tell. Before the next attempt begins it has been stopped.
+        """
+        return sorted((path.resolve() for path in self.folder.glob("epoch-*.joblib")), reverse=True)
+
     def prune(self) -> None:
-        """Removes all but the newest. Called once a newer one is reported, so that what is reported exists."""
+        """Removes all but the newest. Called once a newer one is reported."""
         while len(self.own) > CHECKPOINTS_KEPT:
             self.own.pop(0).unlink(missing_ok=True)
 
@@ -175,19 +183,23 @@ def load_checkpoint(path: Path, options: Options) -> Training | None:
         reason = "there is no such file; is the checkpoint directory shared between the hosts?"
     except (OSError, EOFError, ValueError, LookupError, TypeError, ImportError, pickle.UnpicklingError) as error:
         reason = str(error) or type(error).__name__
-    print(f"cannot use checkpoint {path}: {reason}; starting over", file=sys.stderr, flush=True)
+    print(f"cannot use checkpoint {path}: {reason}", file=sys.stderr, flush=True)
     return None
 
 
-def begin(options: Options, reporter: Reporter) -> tuple[Training, int]:
+def begin(options: Options, checkpoints: Checkpoints, reporter: Reporter) -> tuple[Training, int]:
     """Returns the training to go on with, and the epoch it resumes from (0: it starts fresh)."""
-    cursor = reporter.last_checkpoint()
-    path = Path(cursor) if cursor else options.resume
-    if path is not None:
+    if cursor := reporter.last_checkpoint():
+        candidates = list(dict.fromkeys([*checkpoints.newest_first(), Path(cursor)]))
+    else:
+        candidates = [options.resume] if options.resume else []
+    for path in candidates:
         training = load_checkpoint(path, options)
         if training is not None:
             print(f"resuming after epoch {training.epoch} from {path}", flush=True)
             return training, training.epoch
+    if candidates:
+        print("starting over", file=sys.stderr, flush=True)
     model = MLPClassifier(options.hidden, batch_size=64, learning_rate_init=5e-4, random_state=options.seed)
     return Training(model, 0), 0
 
@@ -205,7 +217,7 @@ def train(
     """
     digits = Digits.load()
     classes = np.unique(digits.train_labels)
-    training, resumed_from = begin(options, reporter)
+    training, resumed_from = begin(options, checkpoints, reporter)
     while training.epoch < options.epochs:
         if stopping() or reporter.cancelled():
             print(f"asked to stop: {training.epoch} of {options.epochs} epochs are saved", flush=True)

@@ -84,9 +84,16 @@ class Bells:
     on_changed: Callable[[], None] = lambda: None
     """Called by :meth:`changed`; the wake-up of other replicas hangs here."""
 
-    def changed(self) -> None:
-        """Says that jobs changed state: watchers and the planner look, here and on the other replicas."""
-        self.planning.ring()
+    def changed(self, *, room: bool = True, leases: bool = False) -> None:
+        """Says that jobs changed state: watchers look, here and on the other replicas.
+
+        Args:
+            room: Something waits or became free, so the planner looks too.
+            leases: Leases were granted or asked back, so they are delivered too.
+        """
         self.events.ring()
-        self.grants.ring()
+        if room:
+            self.planning.ring()
+        if leases:
+            self.grants.ring()
         self.on_changed()

@@ -30,7 +30,7 @@ _WATCH_S = 0.2
 _MOST_AT_ONCE = 20
 """Development set-ups that may run side by side without naming a data directory."""
 
-app = typer.Typer(name="lessor dev", add_completion=False)
+app = typer.Typer(name="lessor dev", add_completion=False, pretty_exceptions_enable=False)
 
 
 class DevError(Exception):

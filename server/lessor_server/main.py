@@ -18,7 +18,13 @@ from lessor_server.domain.errors import LessorServerError
 
 logger = logging.getLogger(__name__)
 
-app = typer.Typer(name="lessor server", add_completion=False, no_args_is_help=False, invoke_without_command=True)
+app = typer.Typer(
+    name="lessor server",
+    add_completion=False,
+    no_args_is_help=False,
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+)
 
 DatabaseUrl = Annotated[
     str | None,
@@ -29,7 +35,7 @@ DatabaseUrl = Annotated[
 
 
 class StartError(Exception):
-    """The server cannot start; the message says why and what to do."""
+    """The server cannot start or go on; the message says why and what to do."""
 
 
 def _settings(**flags: Any) -> ServerSettings:
@@ -104,10 +110,14 @@ async def _serve(settings: ServerSettings) -> None:
     failure = asyncio.create_task(server.failed())
     done, _ = await asyncio.wait({waiter, failure}, return_when=asyncio.FIRST_COMPLETED)
     waiter.cancel()
-    if failure in done:
-        failure.result()
     failure.cancel()
+    broken = failure.exception() if failure in done else None
+    if broken is not None:
+        # A broken invariant: say what it was and go down; another replica takes over.
+        logger.critical("a part of the server failed", exc_info=broken, extra={"event": "failed"})
     await server.stop()
+    if broken is not None:
+        raise StartError(f"a part of the server failed: {type(broken).__name__}: {broken}")
 
 
 def main(argv: list[str]) -> int:

@@ -65,7 +65,8 @@ class Rows:
         )  # fmt: skip
         for index, uuid in enumerate(gpus):
             await self.pool.execute(
-                "INSERT INTO gpu (agent_id, uuid, index, model, memory_bytes) VALUES ($1, $2, $3, 'NVIDIA H200', 141::bigint << 30)",
+                "INSERT INTO gpu (agent_id, uuid, index, model, memory_bytes) "
+                "VALUES ($1, $2, $3, 'NVIDIA H200', 141::bigint << 30)",
                 agent_id, uuid, index,
             )  # fmt: skip
         return session
@@ -93,14 +94,18 @@ class Rows:
         )  # fmt: skip
         return number
 
-    async def ready(self, number: int, *, attempts: int = 0, failures: int = 0, losses: int = 0, last: int | None = None) -> None:
+    async def ready(
+        self, number: int, *, attempts: int = 0, failures: int = 0, losses: int = 0, last: int | None = None
+    ) -> None:
         await self.pool.execute(
             "INSERT INTO ready (job_id, queue_id, shape_id, priority, attempts, failures, losses, last_lease_id) "
             "SELECT id, queue_id, shape_id, priority, $2, $3, $4, $5 FROM job WHERE id = $1",
             number, attempts, failures, losses, last,
         )  # fmt: skip
 
-    async def delayed(self, number: int, not_before: datetime, *, attempts: int, failures: int, last: int | None = None) -> None:
+    async def delayed(
+        self, number: int, not_before: datetime, *, attempts: int, failures: int, last: int | None = None
+    ) -> None:
         await self.pool.execute(
             "INSERT INTO delayed (job_id, queue_id, shape_id, priority, attempts, failures, losses, last_lease_id, "
             "not_before) SELECT id, queue_id, shape_id, priority, $2, $3, 0, $4, $5 FROM job WHERE id = $1",
@@ -122,8 +127,8 @@ class Rows:
         """Adds a live lease; returns its number."""
         lease_id: int = await self.pool.fetchval(
             "INSERT INTO lease (job_id, lease_id, session_id, agent_id, attempt, phase, queue_id, shape_id, priority, "
-            "failures, losses, max_failures, max_losses, backoff_initial_ms, backoff_max_ms, deduped, ttl_ms, gpu_uuids, "
-            "offered_at, granted_at, started_at, cancel_requested, outcome) "
+            "failures, losses, max_failures, max_losses, backoff_initial_ms, backoff_max_ms, deduped, ttl_ms, "
+            "gpu_uuids, offered_at, granted_at, started_at, cancel_requested, outcome) "
             "SELECT id, nextval('lease_number'), $2, $3, $4, $5, queue_id, shape_id, priority, $6, $7, max_failures, "
             "max_losses, backoff_initial_ms, backoff_max_ms, false, ttl_ms, $8, 0, now(), $9, $10, $11 "
             "FROM job WHERE id = $1 RETURNING lease_id",

@@ -120,6 +120,17 @@ def test_a_checkpoint_that_cannot_be_used_is_named_and_the_training_starts_over(
     assert str(path) in capsys.readouterr().err
 
 
+def test_what_an_attempt_saved_but_could_not_tell_is_used(options: Options) -> None:
+    first = RecordingReporter()
+    run(options, first, "1")
+    told, untold = Path(first.cursors[0]), Path(first.cursors[-1])
+    assert not told.exists(), "it was pruned after its agent had died"
+    second = RecordingReporter(handed_on=str(told))
+    assert run(options, second, "2") == 0
+    assert second.results[0]["resumed_from"] == len(first.cursors)
+    assert untold.exists()
+
+
 def test_a_finished_training_that_is_resumed_reports_its_result_again(options: Options) -> None:
     first = RecordingReporter()
     run(options, first, "1")

@@ -191,7 +191,7 @@ class AsyncClient:
 
     async def watch(
         self,
-        jobs: Iterable[JobRef] = (),
+        jobs: JobRef | Iterable[JobRef] = (),
         *,
         queue: str = "",
         labels: Mapping[str, str] | None = None,
@@ -204,7 +204,7 @@ class AsyncClient:
         change may come twice; none is skipped.
 
         Args:
-            jobs: These jobs (at most 10 000); none: all.
+            jobs: This job, or these (at most 10 000); none: all.
             queue: Jobs of this queue; empty: all.
             labels: Jobs with these labels.
             cursor: Of a change seen before: go on after it. Empty: from now.
@@ -215,7 +215,7 @@ class AsyncClient:
                 given whose standing could be told afresh: list, then watch again.
         """
         request = job_service_pb2.WatchJobsRequest(
-            job_ids=[job_id_of(job) for job in jobs],
+            job_ids=job_ids_of(jobs),
             queue=queue,
             labels=labels or {},
             cursor=cursor,
@@ -247,10 +247,9 @@ class AsyncClient:
             WaitTimeout: The timeout passed; names the jobs still going and holds
                 those that ended.
         """
-        refs: Iterable[JobRef] = [jobs] if isinstance(jobs, str) or not isinstance(jobs, Iterable) else jobs
         return await wait_for_end(
             self._connection,
-            [job_id_of(job) for job in refs],
+            job_ids_of(jobs),
             self.get,
             give_up_after=None if timeout is None else parse_duration(timeout, field="timeout"),
             recheck=parse_duration(recheck, field="recheck"),
@@ -300,8 +299,7 @@ class AsyncClient:
         that exits 0 meanwhile has SUCCEEDED. An unknown id is NOT_FOUND here, no
         exception.
         """
-        refs: Iterable[JobRef] = [jobs] if isinstance(jobs, str) or not isinstance(jobs, Iterable) else jobs
-        job_ids = list(dict.fromkeys(job_id_of(job) for job in refs))
+        job_ids = list(dict.fromkeys(job_ids_of(jobs)))
         request = job_service_pb2.CancelJobsRequest(job_ids=job_ids)
         response = await self._connection.call(self._connection.jobs.CancelJobs, request)
         return {
@@ -452,6 +450,12 @@ def job_id_of(job: JobRef) -> str:
     if not job_id:
         raise InvalidArgument(violations={"job": "is empty; give a job's id"})
     return job_id
+
+
+def job_ids_of(jobs: JobRef | Iterable[JobRef]) -> builtins.list[str]:
+    """Returns the ids of one job or of many."""
+    refs: Iterable[JobRef] = [jobs] if isinstance(jobs, str) or not isinstance(jobs, Iterable) else jobs
+    return [job_id_of(job) for job in refs]
 
 
 def _spec(job: JobSpec | str | Sequence[str], job_fields: JobFields) -> JobSpec:

@@ -158,9 +158,7 @@ def requeue_delay(end: Fate, initial: timedelta, maximum: timedelta, jitter: flo
     return end.delay
 
 
-def exhausted_budget(
-    outcome: Outcome, failures: int, losses: int, max_failures: int, max_losses: int
-) -> Budget | None:
+def exhausted_budget(outcome: Outcome, failures: int, losses: int, max_failures: int, max_losses: int) -> Budget | None:
     """Returns which budget a final attempt exhausted, from the counts that stand after it; None: neither."""
     if outcome in (Outcome.FAILED, Outcome.TIMED_OUT) and failures >= max(max_failures, 1):
         return Budget.MAX_FAILURES

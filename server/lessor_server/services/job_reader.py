@@ -18,7 +18,8 @@ from lessor_server.domain.states import JobState
 from lessor_server.services.job_view import attempt_proto, job_proto
 from lessor_server.store.catalog import Catalog
 from lessor_server.store.database import Database
-from lessor_server.store.job_queries import Found, JobFilter, find_jobs, read_attempts, read_jobs
+from lessor_server.store.job_list_queries import Found, JobFilter, find_jobs
+from lessor_server.store.job_queries import read_attempts, read_jobs
 
 DEFAULT_PAGE_SIZE = 100
 

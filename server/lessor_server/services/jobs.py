@@ -115,7 +115,7 @@ class Jobs:
             await self._cancel_leased(_missing(job_numbers, results), results)
             await self._look_for_ended(_missing(job_numbers, results), results)
             if not _missing(job_numbers, results):
-                self._bells.changed()
+                self._bells.changed(leases=True)
                 return [results[number] for number in job_numbers]
         raise Contended(encode_job_id(_missing(job_numbers, results)[0]), _CANCEL_TRIES)
 

@@ -89,9 +89,8 @@ class Planning:
             self._delivery.grants(rows, asyncio.get_running_loop().time())
             for row in rows:
                 self._bells.logs.ring(row["job_id"])
-            self._bells.events.ring()
-            self._bells.grants.ring()
-            self._bells.on_changed()
+            # Those for agents of other replicas are delivered there.
+            self._bells.changed(room=False)
         # What did not come back was cancelled or its agent said hello in between.
         return not planned.complete or len(rows) < len(planned.grants)
 

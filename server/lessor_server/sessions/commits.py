@@ -66,7 +66,7 @@ class AgentCommits:
         if committed.changed_jobs:
             for job in committed.changed_jobs:
                 self._bells.logs.ring(job)
-            self._bells.changed()
+            self._bells.changed(room=committed.freed)
         return committed.verdicts
 
     async def _append(self, chunks: Sequence[Chunk]) -> list[Position]:

@@ -182,7 +182,7 @@ class AgentServicer(agent_service_pb2_grpc.AgentServiceServicer):
             pb.REVOKE_REASON_NOT_LISTED,
             asyncio.get_running_loop().time(),
         )
-        self._bells.changed()
+        self._bells.changed(leases=True)
         logger.info(
             "an agent said hello",
             extra={

@@ -54,7 +54,7 @@ class Catalog:
         missing = [number for number in wanted if number not in self._shapes]
         if missing:
             for row in await self._fetch("SELECT id, spec FROM shape WHERE id = ANY($1)", missing):
-                shape = Shape.from_json(json.loads(row["spec"]))
+                shape = Shape.from_json(row["spec"])
                 self._shapes[row["id"]] = shape
                 self._shape_ids[shape] = row["id"]
         return {number: self._shapes[number] for number in wanted}

@@ -9,6 +9,7 @@ task: a cancelled stream must not cancel a commit (see :mod:`.batch`).
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -80,6 +81,11 @@ def sqlalchemy_url(url: str) -> str:
     return "postgresql+asyncpg://" + plain_url(url).removeprefix("postgresql://")
 
 
+async def _read_json(connection: asyncpg.Connection) -> None:
+    """Has a connection read jsonb as Python values; it is written as JSON text."""
+    await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=str, decoder=json.loads)
+
+
 class Database:
     """The pools of one server process. Made by :meth:`connect`, ended by :meth:`close`."""
 
@@ -106,6 +112,7 @@ class Database:
                 server_settings=SESSION_SETTINGS,
                 timeout=5,
                 command_timeout=60,
+                init=_read_json,
             )
         except _UNAVAILABLE as error:
             raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error

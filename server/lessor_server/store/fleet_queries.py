@@ -8,12 +8,12 @@ from datetime import datetime, timedelta
 from functools import cache
 from typing import Any
 
+import asyncpg
 from sqlalchemy import (
     BigInteger,
     Boolean,
     ColumnElement,
     Integer,
-    Row,
     Select,
     Text,
     and_,
@@ -36,7 +36,7 @@ from lessor_server.store import tables as t
 from lessor_server.store.catalog import Catalog
 from lessor_server.store.database import Database
 from lessor_server.store.fleet_status import queues_query
-from lessor_server.store.reads import rows
+from lessor_server.store.reads import plain_rows, rows
 
 # A draining lease has given back what it held: only its log is on the way.
 _HOLDS = t.lease.c.phase < int(LeasePhase.DRAINING)
@@ -183,14 +183,14 @@ async def load_fleet(database: Database) -> list[Agent]:
     The GPUs are read after the leases: one that was granted in between is taken
     for held, never for free. (Only the leader grants, and it is the one that plans.)
     """
-    found = await read_agents(database)
+    found = [AgentRow(*row.values()) for row in await plain_rows(database, agents_query(False))]
     gpus: defaultdict[str, list[Gpu]] = defaultdict(list)
     held: defaultdict[str, set[str]] = defaultdict(set)
-    for row in await rows(database, _fleet_gpus_query()):
-        if row.held:
-            held[row.agent_id].add(row.uuid)
+    for row in await plain_rows(database, _fleet_gpus_query()):
+        if row["held"]:
+            held[row["agent_id"]].add(row["uuid"])
         else:
-            gpus[row.agent_id].append(Gpu(row[1], row[2], row[3], row[4]))
+            gpus[row["agent_id"]].append(Gpu(row[1], row[2], row[3], row[4]))
     return [_planner_agent(row, gpus[row.id], held[row.id]) for row in found]
 
 
@@ -220,7 +220,7 @@ async def load_queues(database: Database) -> dict[int, Queue]:
     """Returns queue_id → queue with what of its limits is used, for the planner."""
     return {
         row[0]: Queue(row[0], row[1], row[2], row[3], row[4], running=row[6], gpus=row[7])
-        for row in await rows(database, queues_query(False, False))
+        for row in await plain_rows(database, queues_query(False, False))
     }
 
 
@@ -264,15 +264,16 @@ async def load_groups(database: Database, catalog: Catalog, per_group: int) -> l
 
     ``waiting`` is exact up to ``per_group``; beyond it says only that there are more.
     """
-    found = await rows(database, groups_query(), {"per_group": per_group + 1})
-    lines: dict[tuple[int, int], list[Row[Any]]] = {}
+    found = await plain_rows(database, groups_query(), {"per_group": per_group + 1})
+    lines: dict[tuple[int, int], list[asyncpg.Record]] = {}
     for row in found:
-        lines.setdefault((row.queue_id, row.shape_id), []).append(row)
+        lines.setdefault((row["queue_id"], row["shape_id"]), []).append(row)
     shapes = await catalog.shapes(shape_id for _, shape_id in lines)
     groups = []
     for (queue_id, shape_id), line in sorted(lines.items()):
         candidates = sorted(
-            (Candidate(row.job_id, row.priority, row.job_id) for row in line), key=lambda candidate: candidate.order
+            (Candidate(row["job_id"], row["priority"], row["job_id"]) for row in line),
+            key=lambda candidate: candidate.order,
         )
         groups.append(Group(queue_id, shape_id, shapes[shape_id], tuple(candidates[:per_group]), len(candidates)))
     return groups

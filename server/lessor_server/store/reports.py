@@ -95,6 +95,8 @@ class Committed:
     """Jobs whose state changed."""
     draining_jobs: set[int]
     """Jobs whose end is stored and whose log is not complete yet."""
+    freed: bool
+    """Something ended: there is room, or a job that waits again."""
 
 
 async def commit_reports(database: Database, reports: Sequence[Report], now: datetime | None = None) -> Committed:
@@ -121,6 +123,7 @@ async def commit_reports(database: Database, reports: Sequence[Report], now: dat
         verdicts=verdicts,
         changed_jobs={job for job, _ in moved} | {job for job, _ in ended},
         draining_jobs=draining - finished,
+        freed=bool(ended or finished),
     )
 
 

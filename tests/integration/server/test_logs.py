@@ -14,6 +14,7 @@ from lessor_server.services.log_reader import LogPiece, LogReader
 from lessor_server.store import log_queries
 from lessor_server.store.database import Database
 from tests.support.rows import Rows
+from tests.support.waiting import until
 
 AGENT = "agent-00001"
 
@@ -131,12 +132,12 @@ async def test_a_job_cancelled_while_it_waits_ends_the_wait(rows: Rows, logs: Lo
 
 async def listening(bells: Bells, number: int, count: int = 1) -> None:
     """Waits until ``count`` followers of the job wait for its bell."""
-    async with asyncio.timeout(20):
-        while True:
-            found = bells.logs._bells.get(number)  # noqa: SLF001
-            if found is not None and len(found[0]._waiters) >= count:  # noqa: SLF001
-                return
-            await asyncio.sleep(0)
+
+    def waiting() -> bool:
+        found = bells.logs._bells.get(number)  # noqa: SLF001
+        return found is not None and len(found[0]._waiters) >= count  # noqa: SLF001
+
+    await until(waiting)
 
 
 async def test_following_goes_over_all_attempts_to_the_end(rows: Rows, logs: LogReader, bells: Bells) -> None:

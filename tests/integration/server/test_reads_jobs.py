@@ -106,7 +106,8 @@ async def test_an_ended_job_shows_its_last_attempt(rows: Rows, reader: JobReader
     assert (job.state, job.outcome, job.exit_code, job.attempt, job.failures) == (final, outcome, 0, 2, 1)
     assert (job.lease_id, job.result_json, job.retry_of) == (last, b'{"a": 1}', encode_job_id(77))
     assert job.end_time.ToDatetime(UTC) == NOW
-    assert not job.HasField("error")
+    # A failed job says which budget was exhausted.
+    assert job.error.message == ("failed 1 of 1 times (max_failures)" if final == 5 else "")
     assert job.progress.fraction == 1.0
 
 

@@ -19,19 +19,13 @@ from lessor_server.domain.errors import InvalidField, QueueNotFound
 from lessor_server.domain.states import JobState
 from lessor_server.services import job_reader
 from lessor_server.services.job_reader import JobReader
-from lessor_server.store import job_queries
+from lessor_server.store import job_list_queries
 from lessor_server.store.catalog import Catalog
 from lessor_server.store.database import Database
 from lessor_server.store.event_queries import events_query
 from lessor_server.store.fleet_queries import groups_query
-from lessor_server.store.job_queries import (
-    JobFilter,
-    attempts_query,
-    find_parameters,
-    job_rows_query,
-    query_for,
-    standings_query,
-)
+from lessor_server.store.job_list_queries import JobFilter, find_parameters, query_for
+from lessor_server.store.job_queries import attempts_query, job_rows_query, standings_query
 from lessor_server.store.partitions import ensure_partitions
 from tests.support.rows import Rows, spec
 
@@ -121,13 +115,17 @@ async def test_queue_labels_and_name_all_hold(rows: Rows, reader: JobReader, sta
         if index % 3 == 1 and index % 2 == 1 and (not states or state in states):
             wanted.append(number)
     request = ListJobsRequest(
-        page_size=2, queue="other", labels={"mod": "1"}, name="job-1", states=[job_pb2.JobState.ValueType(s) for s in states]
+        page_size=2,
+        queue="other",
+        labels={"mod": "1"},
+        name="job-1",
+        states=[job_pb2.JobState.ValueType(s) for s in states],
     )
     assert await every(reader, request) == sorted(wanted, reverse=True)
 
 
 async def test_a_call_looks_at_a_bounded_number_of_jobs(rows: Rows, reader: JobReader, monkeypatch) -> None:
-    monkeypatch.setattr(job_queries, "MAX_EXAMINED", 5)
+    monkeypatch.setattr(job_list_queries, "MAX_EXAMINED", 5)
     needle = await rows.job(name="needle")
     await rows.ready(needle)
     for _ in range(12):
@@ -152,7 +150,9 @@ async def test_times_bound_the_list(rows: Rows, reader: JobReader, pool: asyncpg
     request.submitted_after.FromDatetime(noon + timedelta(seconds=1, microseconds=600))
     request.submitted_before.FromDatetime(noon + timedelta(seconds=4, microseconds=600))
     assert await every(reader, request) == numbers[3:0:-1]
-    far = ListJobsRequest(submitted_after=Timestamp(seconds=-62135596800), submitted_before=Timestamp(seconds=253402300799))
+    far = ListJobsRequest(
+        submitted_after=Timestamp(seconds=-62135596800), submitted_before=Timestamp(seconds=253402300799)
+    )
     assert await every(reader, far) == numbers[::-1]
     none = ListJobsRequest(submitted_after=Timestamp(seconds=253402300799))
     assert await every(reader, none) == []
@@ -322,7 +322,7 @@ async def test_times_leave_out_partitions(crowded: asyncpg.Pool) -> None:
 
 async def test_a_page_of_failures_among_many_looks_at_little(crowded: asyncpg.Pool, database: Database) -> None:
     wanted = JobFilter(states=frozenset({JobState.FAILED}))
-    found = await job_queries.find_jobs(database, wanted, None, 10)
+    found = await job_list_queries.find_jobs(database, wanted, None, 10)
     best = await crowded.fetch("SELECT job_id FROM attempt WHERE final_state = 5 ORDER BY job_id DESC LIMIT 10")
     assert found.numbers == [row["job_id"] for row in best]
     assert found.resume_before == found.numbers[-1]

@@ -21,6 +21,7 @@ from lessor_server.services.watch_hub import WatchHub
 from lessor_server.store.database import Database
 from lessor_server.store.event_queries import DatabaseIdentity, Position, read_events, read_identity
 from tests.support.rows import Rows
+from tests.support.waiting import until
 
 Told = tuple[int, int, int]
 
@@ -272,8 +273,7 @@ async def test_the_hub_rests_when_nobody_watches(rows: Rows, database: Database,
     hub = WatchHub(database, bells, poll_s=0.01)
     async with hub.subscribe([], Bell()) as subscription:
         await rows.event((1, 1, 0))
-        while subscription.empty:
-            await asyncio.sleep(0)
+        await until(lambda: not subscription.empty)
     task = hub._task  # noqa: SLF001
     assert task is not None
     await asyncio.wait_for(task, 10)
@@ -281,8 +281,7 @@ async def test_the_hub_rests_when_nobody_watches(rows: Rows, database: Database,
     # What happened in between is not for a new subscription.
     async with hub.subscribe([], Bell()) as subscription:
         await rows.event((3, 1, 0))
-        while subscription.empty:
-            await asyncio.sleep(0)
+        await until(lambda: not subscription.empty)
         event = subscription.take()
         assert event is not None
         assert event.job_numbers == [3]
