@@ -58,9 +58,9 @@ def run(options: Options, reporter: RecordingReporter, token: str, stopping: Cal
     return train(options, Checkpoints(options.checkpoint_dir, token), reporter, stopping)
 
 
-def test_a_resumed_training_ends_with_the_model_of_an_undisturbed_one(options: Options) -> None:
+def test_a_resumed_training_ends_with_the_model_of_an_undisturbed_one(options: Options, tmp_path: Path) -> None:
     undisturbed = RecordingReporter()
-    assert run(options, undisturbed, "1") == 0
+    assert train(options, Checkpoints(tmp_path / "undisturbed", "1"), undisturbed) == 0
     first = RecordingReporter(cancel_after=2)
     assert run(options, first, "2") == EXIT_CANCELLED
     assert first.results == []
