@@ -12,8 +12,7 @@ class Proxy:
     """Forwards connections to one address."""
 
     def __init__(self, target: str) -> None:
-        self._host, _, port = target.rpartition(":")
-        self._port = int(port)
+        self.retarget(target)
         self._writers: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
         self.connections = 0
@@ -36,6 +35,11 @@ class Proxy:
         assert self._server is not None
         self._server.close()
         await self.cut()
+
+    def retarget(self, target: str) -> None:
+        """Has new connections go to another address; those that stand stay where they are."""
+        self._host, _, port = target.rpartition(":")
+        self._port = int(port)
 
     async def cut(self) -> None:
         """Resets all connections; new ones are accepted."""

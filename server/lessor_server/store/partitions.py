@@ -114,8 +114,10 @@ async def roll_lease_numbers(connection: asyncpg.Connection | Any, now: datetime
 
 async def expired_partitions(
     connection: asyncpg.Connection | Any, keep: timedelta, now: datetime | None = None
-) -> list[tuple[str, str]]:
-    """Returns (table, partition) of the days that ended longer than ``keep`` ago and that nothing points into.
+) -> list[list[tuple[str, str]]]:
+    """Returns the days that ended longer than ``keep`` ago and that nothing points into.
+
+    Each is the (table, partition) pairs of tables that belong together, in the order to drop them.
 
     A day is kept while a job of it waits or runs, or a dedupe key names a job
     of it; logs are kept while a lease of their day stands.
@@ -128,7 +130,7 @@ async def expired_partitions(
         for day in days:
             low, high = job_bounds(day) if tables is BY_JOB else lease_bounds(day)
             if day < oldest_kept and not await connection.fetchval(live, low, high):
-                found += [(table, partition_name(table, day)) for table in tables]
+                found.append([(table, partition_name(table, day)) for table in tables])
     return found
 
 

@@ -60,7 +60,8 @@ async def test_two_leases_of_a_job_cannot_be_stored(store: Store) -> None:
     lease = await store.running()
     columns = (
         "member, lease_id, session_id, agent_id, attempt, phase, queue_id, shape_id, priority, failures, losses, "
-        "max_failures, max_losses, backoff_initial_ms, backoff_max_ms, deduped, ttl_ms, gpu_uuids, offered_at, granted_at"
+        "max_failures, max_losses, backoff_initial_ms, backoff_max_ms, deduped, ttl_ms, gpu_uuids, offered_at, "
+        "granted_at"
     )
     with pytest.raises(asyncpg.UniqueViolationError):
         await store.database.pool.execute(

@@ -24,19 +24,20 @@ INSERT INTO shape (digest, spec) VALUES ('\\x01', '{}');
 INSERT INTO job SELECT i.id, 1, 1, 0, 'n', '{}', '', 60000, NULL, 1, 10, 1000, 1000, NULL, NULL, now()
     FROM (SELECT next_job_id(now()) AS id FROM generate_series(1, 20000)) AS i;
 INSERT INTO ready SELECT id, 1, 1, 0, 0, 0, 0, NULL, NULL FROM job ORDER BY id LIMIT 10000;
-INSERT INTO delayed SELECT id, 1, 1, 0, 0, 0, 0, NULL, now() + interval '1 day' FROM job ORDER BY id OFFSET 10000 LIMIT 3000;
+INSERT INTO delayed SELECT id, 1, 1, 0, 0, 0, 0, NULL, now() + interval '1 day' FROM job
+    ORDER BY id OFFSET 10000 LIMIT 3000;
 INSERT INTO session (agent_id, epoch, renewed_at, heartbeat_ms, replica)
     SELECT 'agent-' || i, 1, 0, 1000, 'r' FROM generate_series(1, 2000) AS i;
 INSERT INTO agent SELECT 'agent-' || i, 'a', '0', '{}', '[]', 1, 1, 1000, 'h', 'b', 'w', i, now()
     FROM generate_series(1, 2000) AS i;
 INSERT INTO gpu SELECT 'agent-' || i, 'gpu-' || i, 0, 'm', 1 FROM generate_series(1, 2000) AS i;
-INSERT INTO lease (job_id, lease_id, session_id, agent_id, attempt, phase, queue_id, shape_id, priority, failures, losses,
-    max_failures, max_losses, backoff_initial_ms, backoff_max_ms, deduped, ttl_ms, gpu_uuids, offered_at, granted_at)
-    SELECT id, nextval('lease_number'), 1 + row_number() OVER () % 2000, 'agent-1', 1, 3, 1, 1, 0, 0, 0, 1, 10, 0, 0,
+INSERT INTO lease (job_id, lease_id, session_id, agent_id, attempt, phase, queue_id, shape_id, priority, failures,
+    losses, max_failures, max_losses, backoff_initial_ms, backoff_max_ms, deduped, ttl_ms, gpu_uuids,
+    offered_at, granted_at) SELECT id, nextval('lease_number'), 1 + row_number() OVER () % 2000, 'agent-1', 1, 3, 1, 1, 0, 0, 0, 1, 10, 0, 0,
     false, 60000, '{}', 0, now() FROM job ORDER BY id OFFSET 13000 LIMIT 3000;
 INSERT INTO lease_gpu SELECT 'agent-1', 'gpu-' || lease_id, lease_id, job_id FROM lease;
-INSERT INTO attempt (job_id, lease_id, attempt, gpu_uuids, outcome, signal, failures, losses, final_state, ended_at, log_bytes)
-    SELECT id, nextval('lease_number'), 1, '{}', 1, 0, 0, 0, 4, now(), 0 FROM job ORDER BY id OFFSET 16000;
+INSERT INTO attempt (job_id, lease_id, attempt, gpu_uuids, outcome, signal, failures, losses, final_state, ended_at,
+    log_bytes) SELECT id, nextval('lease_number'), 1, '{}', 1, 0, 0, 0, 4, now(), 0 FROM job ORDER BY id OFFSET 16000;
 INSERT INTO log_head SELECT lease_id, 1, 1, 0 FROM lease;
 INSERT INTO log_chunk SELECT lease_id, 0, 1, 'x', now() FROM lease;
 INSERT INTO progress SELECT lease_id, job_id, 0, '', '{}', now() FROM lease;
