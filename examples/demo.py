@@ -137,7 +137,7 @@ class Show:
         self._progress.update(self._task, completed=fraction)
 
     def _read(self) -> None:
-        rest = {}
+        rest: dict[tuple[int, lessor.LogStream | None], bytes] = {}
         for chunk in self._client.logs(self._job_id, follow=True):
             key = (chunk.attempt, chunk.stream)
             *lines, rest[key] = (rest.get(key, b"") + chunk.data).split(b"\n")
@@ -161,14 +161,14 @@ def train(client: lessor.Client, fleet: Fleet) -> lessor.Job:
                     killed_at = kill_agent_of(client, fleet, job.id)
             elif killed_at and change.attempt == 2 and change.state is lessor.JobState.LEASED:
                 tell_take_over(client, job.id, killed_at)
-            if change.state.is_terminal:
+            if change.state is not None and change.state.is_terminal:
                 break
     return client.get(job)
 
 
 def kill_agent_of(client: lessor.Client, fleet: Fleet, job_id: str) -> float:
     """Kills the agent that runs the job, and nothing else. Returns when (monotonic seconds)."""
-    agent = client.get(job_id).agent
+    agent = client.get(job_id).agent or ""
     child = fleet.children[agent]
     say(f"halfway: kill -9 of [bold]{agent}[/] (process {child.pid}), the agent alone; its job is still alive")
     os.kill(child.pid, signal.SIGKILL)
@@ -200,7 +200,7 @@ def main() -> int:
         job = train(client, fleet)
         for attempt in client.attempts(job):
             error = f": {attempt.error.type}" if attempt.error else ""
-            outcome = attempt.outcome.name if attempt.outcome else attempt.phase.name
+            outcome = attempt.outcome.name if attempt.outcome else "not ended"
             console.print(f"   attempt {attempt.attempt} on {attempt.agent}: {outcome}{error}")
         result = job.result if isinstance(job.result, dict) else {}
         resumed = result.get("resumed_from")

@@ -51,7 +51,7 @@ async def overtake(
 async def held_at_leader(
     store: Store, blocked: Callable[[], Awaitable[A]], meanwhile: Callable[[], Awaitable[Any]]
 ) -> A:
-    """Starts ``blocked``, whose statement stops at the leader row after its snapshot is taken, runs ``meanwhile``, lets go."""
+    """Starts ``blocked``, whose statement stops at the leader row, its snapshot taken; runs ``meanwhile``; lets go."""
     connection = await asyncpg.connect(store.database.url)
     try:
         async with connection.transaction():

@@ -12,7 +12,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import asyncpg
 from sqlalchemy import exc as sqlalchemy_errors
@@ -82,6 +82,13 @@ def sqlalchemy_url(url: str) -> str:
 async def _read_json(connection: asyncpg.Connection) -> None:
     """Has a connection read jsonb as Python values; it is written as JSON text."""
     await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=str, decoder=json.loads)
+
+
+class Statements(Protocol):
+    """Runs the statements of ``sql/``: each in its own transaction, or all in one."""
+
+    async def fetch(self, name: str, /, **values: Any) -> list[asyncpg.Record]:
+        """Runs ``sql/<name>.sql`` and returns its rows."""
 
 
 class Database:

@@ -17,7 +17,7 @@ from typing import TypeAlias
 import asyncpg
 
 from lessor.lifecycle import LeasePhase, Outcome
-from lessor_server.store.database import Database
+from lessor_server.store.database import Statements
 
 Key: TypeAlias = tuple[int, int]
 """(job number, lease_id)"""
@@ -99,7 +99,7 @@ class Committed:
     """Something ended: there is room, or a job that waits again."""
 
 
-async def commit_reports(database: Database, reports: Sequence[Report], now: datetime | None = None) -> Committed:
+async def commit_reports(database: Statements, reports: Sequence[Report], now: datetime | None = None) -> Committed:
     """Commits a batch of reports.
 
     Raises:
@@ -127,7 +127,7 @@ async def commit_reports(database: Database, reports: Sequence[Report], now: dat
     )
 
 
-async def _advance(database: Database, reports: Sequence[Report]) -> set[Key]:
+async def _advance(database: Statements, reports: Sequence[Report]) -> set[Key]:
     latest: dict[Key, Report] = {}
     for report in reports:
         assert isinstance(report.event, Phase)
@@ -150,7 +150,7 @@ async def _advance(database: Database, reports: Sequence[Report]) -> set[Key]:
     return _keys(rows)
 
 
-async def _save_checkpoints(database: Database, reports: Sequence[Report]) -> set[Key]:
+async def _save_checkpoints(database: Statements, reports: Sequence[Report]) -> set[Key]:
     latest = {r.job_number: r for r in reports if isinstance(r.event, Checkpoint)}
     for report in reports:
         if isinstance(report.event, Checkpoint) and report.lease_id >= latest[report.job_number].lease_id:
@@ -169,7 +169,7 @@ async def _save_checkpoints(database: Database, reports: Sequence[Report]) -> se
     return {r.key for r in chosen if r.job_number in stored}
 
 
-async def _end(database: Database, reports: Sequence[Report], now: datetime | None) -> tuple[set[Key], set[int]]:
+async def _end(database: Statements, reports: Sequence[Report], now: datetime | None) -> tuple[set[Key], set[int]]:
     """Returns the (job, lease) pairs ended, and the jobs among them that wait for log bytes."""
     if not reports:
         return set(), set()
@@ -203,7 +203,7 @@ async def _end(database: Database, reports: Sequence[Report], now: datetime | No
     return ended, draining
 
 
-async def _revive(database: Database, reports: Sequence[Report], now: datetime | None) -> set[Key]:
+async def _revive(database: Statements, reports: Sequence[Report], now: datetime | None) -> set[Key]:
     revived: set[Key] = set()
     for _ in range(_REVIVE_TRIES):
         left = [r for r in reports if r.key not in revived]
@@ -243,7 +243,7 @@ def _end_columns(reports: Sequence[Report]) -> dict[str, object]:
 
 
 async def finish_drained(
-    database: Database, job_numbers: Sequence[int] | None = None, now: datetime | None = None
+    database: Statements, job_numbers: Sequence[int] | None = None, now: datetime | None = None
 ) -> set[int]:
     """Ends the leases whose outcome is stored and whose log is complete now.
 
@@ -259,7 +259,7 @@ async def finish_drained(
     return {row["job_id"] for row in rows}
 
 
-async def _look_up(database: Database, reports: Sequence[Report]) -> dict[Key, asyncpg.Record]:
+async def _look_up(database: Statements, reports: Sequence[Report]) -> dict[Key, asyncpg.Record]:
     if not reports:
         return {}
     rows = await database.fetch(

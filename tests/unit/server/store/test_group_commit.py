@@ -17,12 +17,14 @@ class Sink:
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
+        self.begun = asyncio.Event()
         self.gate = asyncio.Event()
         self.gate.set()
         self.error: Exception | None = None
 
     async def flush(self, items: Sequence[int]) -> list[int]:
         self.batches.append(list(items))
+        self.begun.set()
         await self.gate.wait()
         if self.error is not None:
             raise self.error
@@ -37,8 +39,7 @@ async def test_what_comes_in_during_a_commit_rides_the_next() -> None:
     commit.start()
     sink.gate.clear()
     futures = [commit.submit(0)]
-    while not sink.batches:
-        await asyncio.sleep(0)
+    await sink.begun.wait()
     futures += [commit.submit(n) for n in range(1, 10)]
     sink.gate.set()
     assert await asyncio.gather(*futures) == [n * 2 for n in range(10)]
@@ -75,8 +76,7 @@ async def test_a_caller_that_goes_away_cancels_nothing() -> None:
     commit.start()
     sink.gate.clear()
     caller = asyncio.create_task(commit.commit(1))
-    while not sink.batches:
-        await asyncio.sleep(0)
+    await sink.begun.wait()
     caller.cancel()
     other = commit.submit(2)
     sink.gate.set()
