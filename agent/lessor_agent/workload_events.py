@@ -152,6 +152,8 @@ class EventReader:
         elif len(cursor.encode("utf-8", "replace")) > MAX_CURSOR_BYTES:
             # Cut off, it would be another cursor.
             self._warn("checkpoint cursor is longer than 64 KiB")
+        elif clip(cursor, MAX_CURSOR_BYTES) != cursor:
+            self._warn("checkpoint cursor holds a NUL or half a surrogate pair")
         else:
             self._checkpoint = cursor
 

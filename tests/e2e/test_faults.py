@@ -9,6 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
+import asyncpg
+
 import lessor
 from lessor import JobState
 from tests.support.cluster import Cluster, assert_no_overlap, lives, submit_ticker, until
@@ -20,7 +22,9 @@ def ticking(ticks: Path, attempts: int = 1) -> bool:
     return ticks.is_dir() and len(list(ticks.iterdir())) >= attempts and len(list(lives(ticks).values())[-1]) > 1
 
 
-async def test_the_agent_alone_is_killed(cluster: Cluster, client: lessor.AsyncClient, tmp_path: Path) -> None:
+async def test_the_agent_alone_is_killed(
+    cluster: Cluster, client: lessor.AsyncClient, pool: asyncpg.Pool, tmp_path: Path
+) -> None:
     agent = cluster.agent("one")
     ticks = tmp_path / "ticks"
     job = await submit_ticker(client, ticks, 3600)
@@ -28,6 +32,10 @@ async def test_the_agent_alone_is_killed(cluster: Cluster, client: lessor.AsyncC
     agent.kill()
     cluster.agent("two")
     await until(lambda: ticking(ticks, attempts=2))
+    renewed_at = await pool.fetchval("SELECT min(renewed_at) FROM session")
+    offered_at = await pool.fetchval("SELECT offered_at FROM lease")
+    # In lease time, which stands still while this machine is too busy to tick.
+    assert 11_200 <= offered_at - renewed_at <= 11_700, "ttl + margin, and at most half a second"
     await client.cancel(job)
     (ended,) = await client.wait([job], timeout=60)
     assert (ended.state, ended.attempt, ended.losses, ended.failures) == (JobState.CANCELLED, 2, 1, 0)

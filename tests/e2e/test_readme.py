@@ -83,7 +83,7 @@ class Block:
 def blocks(part: str) -> list[Block]:
     """Returns README's marked blocks of one part, in order."""
     text = README.read_text(encoding="utf-8")
-    return [Block(*match.group(1, 2), text=match[4]) for match in _BLOCK.finditer(text) if match[1] == part]
+    return [Block(match[1], match[2], match[4]) for match in _BLOCK.finditer(text) if match[1] == part]
 
 
 def pattern(lines: list[str]) -> re.Pattern[str]:

@@ -259,3 +259,10 @@ def log_position(lease_id: int, stdout: int = 0, stderr: int = 0) -> pb.LogPosit
 
 def _answer(lease_id: int, decision: pb.LeaseDecision.ValueType, stdout: int, stderr: int) -> pb.LeaseAnswer:
     return pb.LeaseAnswer(lease_id=lease_id, decision=decision, log=log_position(lease_id, stdout, stderr))
+
+
+def connected() -> CoreDriver:
+    """Returns a driver whose core has been welcomed."""
+    drive = CoreDriver()
+    drive.connect()
+    return drive

@@ -150,7 +150,8 @@ async def submit_ticker(client: lessor.AsyncClient, ticks: Path, seconds: float,
     ticks.mkdir(exist_ok=True)
     ticks.chmod(0o777)
     options.setdefault("ttl", "10s")
-    return await client.submit([sys.executable, str(TICKER), str(ticks), str(seconds)], **options)
+    job = await client.submit([sys.executable, str(TICKER), str(ticks), str(seconds)], **options)
+    return job.id
 
 
 def lives(ticks: Path) -> dict[int, list[tuple[str, int]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
@@ -16,6 +16,8 @@ from lessor_server.config import ServerSettings
 from lessor_server.server import Server
 
 WAIT_S = 20.0
+EOF = cast("Any", grpc.aio).EOF
+"""What a stream reads at its end; the type stubs do not know it."""
 
 
 class Client:
@@ -25,7 +27,8 @@ class Client:
         self.channel = channel
         self.jobs = job_service_pb2_grpc.JobServiceStub(channel)
         self.fleet = fleet_service_pb2_grpc.FleetServiceStub(channel)
-        self.agents = agent_service_pb2_grpc.AgentServiceStub(channel)
+        # The type stubs know no stream-stream call that is written to later.
+        self.agents: Any = agent_service_pb2_grpc.AgentServiceStub(channel)
 
     async def submit(self, **overrides: Any) -> str:
         """Submits ``/bin/true``; keyword arguments set fields of the spec. Returns the job's id."""
@@ -105,7 +108,7 @@ class RawAgent:
         async with asyncio.timeout(WAIT_S):
             while True:
                 message = await self.call.read()
-                if message is grpc.aio.EOF:
+                if message is EOF:
                     raise ConnectionError(f"the stream ended: {await self.call.code()} {await self.call.details()}")
                 if message.WhichOneof("message") == kind:
                     return message

@@ -20,6 +20,10 @@ MAX_MODULE_LINES = 600
 VAGUE_NAMES = {"util", "utils", "common", "helper", "helpers", "manager", "misc"}
 WHOLE_TABLE = {"ask_back", "read_leader", "resign", "take_over", "tick"}
 """Statements that need no index: ``leader`` has one row, ``lease`` holds live leases only."""
+SETS_ON_IMPORT = {"client/lessor/cli/__init__.py"}
+"""Sets a default that gRPC looks for when it is imported itself; it reads nothing."""
+JOBS = {"tests/support/ticker.py"}
+"""Programs that tests submit as jobs: they keep a pace of their own."""
 
 
 def modules(*folders: str) -> list[Path]:
@@ -81,6 +85,7 @@ def test_nothing_reads_the_environment_on_import() -> None:
     found = [
         f"{relative(path)}:{node.lineno}"
         for path in modules(*PACKAGES)
+        if relative(path) not in SETS_ON_IMPORT
         for node in outside_functions(parse(path))
         if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"}
     ]
@@ -144,6 +149,8 @@ def normal(requirement: str) -> str:
 def test_tests_wait_for_events_not_for_time() -> None:
     found = []
     for path in modules("tests"):
+        if relative(path) in JOBS:
+            continue
         for node in ast.walk(parse(path)):
             called = isinstance(node, ast.Attribute) and node.attr == "sleep" and ast.unparse(node.value) == "time"
             imported = isinstance(node, ast.ImportFrom) and node.module == "time" and any(

@@ -19,7 +19,10 @@ from lessor.timing import BACKOFF_JITTER
 from lessor_server.domain.states import JobState
 
 REJECTED_DELAY = timedelta(seconds=1)
-"""A rejected job waits this long, so that an agent that refuses it makes no hot loop."""
+"""A rejected job waits at least this long, so that an agent that refuses it makes no hot loop."""
+
+REJECTED_DELAY_MAX = timedelta(minutes=1)
+"""And at most this long, however often it was refused."""
 
 _AT_ONCE = timedelta(0)
 _MICROSECOND = timedelta(microseconds=1)
@@ -70,7 +73,7 @@ def fate(
     | FAILED, TIMED_OUT | failures + 1; FAILED if that reaches max_failures or a retry cannot help; else backoff | CANCELLED |
     | LOST | losses + 1; FAILED if that reaches max_losses; else at once | CANCELLED |
     | PREEMPTED, WITHDRAWN | waits again at once, at no cost | CANCELLED |
-    | REJECTED | waits REJECTED_DELAY, at no cost | CANCELLED |
+    | REJECTED | waits :func:`rejection_delay`, at no cost | CANCELLED |
 
     A job that succeeds or is cancelled keeps the counts it had.
 
@@ -151,11 +154,20 @@ def backoff(failures: int, initial: timedelta, maximum: timedelta, jitter: float
     return timedelta(microseconds=min(max(spread_us, 0), timedelta.max // _MICROSECOND))
 
 
-def requeue_delay(end: Fate, initial: timedelta, maximum: timedelta, jitter: float) -> timedelta:
-    """Returns how long a job that waits again is kept back; zero: not at all. See :func:`backoff` for the rest."""
+def rejection_delay(attempt: int) -> timedelta:
+    """Returns how long a job is kept back whose ``attempt``-th offer was refused: 1 s, 2 s, 4 s, … at most a minute."""
+    # Six doublings are past the maximum; more could overflow.
+    return min(REJECTED_DELAY_MAX, REJECTED_DELAY * 2 ** min(max(attempt - 1, 0), 6))
+
+
+def requeue_delay(end: Fate, attempt: int, initial: timedelta, maximum: timedelta, jitter: float) -> timedelta:
+    """Returns how long a job that waits again is kept back; zero: not at all.
+
+    See :func:`backoff` and :func:`rejection_delay`; ``attempt`` is the number of the one that ended.
+    """
     if end.backoff:
         return backoff(end.failures, initial, maximum, jitter)
-    return end.delay
+    return rejection_delay(attempt) if end.delay else _AT_ONCE
 
 
 def exhausted_budget(outcome: Outcome, failures: int, losses: int, max_failures: int, max_losses: int) -> Budget | None:

@@ -61,7 +61,10 @@ DELETE FROM checkpoint AS c WHERE c.job_id = ANY (ARRAY(
 _SESSIONS = """
 DELETE FROM session AS s WHERE s.id = ANY (ARRAY(
     SELECT s.id FROM session AS s
-    WHERE NOT EXISTS (SELECT FROM agent AS a WHERE a.session_id = s.id)
+    CROSS JOIN leader
+    -- One that spoke a day ago may still bring a late end.
+    WHERE s.renewed_at + 86400000 < leader.clock
+        AND NOT EXISTS (SELECT FROM agent AS a WHERE a.session_id = s.id)
         AND NOT EXISTS (SELECT FROM lease AS l WHERE l.session_id = s.id)
     LIMIT 10000
 ))

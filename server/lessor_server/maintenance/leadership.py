@@ -73,12 +73,14 @@ class Leadership:
 
     async def _tick(self, epoch: int) -> None:
         now_s = self._monotonic()
-        elapsed_s = min(now_s - self._last_tick_s, timing.LEADER_TICK_MAX.total_seconds())
-        rows = await self._database.fetch("tick", epoch=epoch, elapsed_ms=int(elapsed_s * 1000))
+        elapsed_s = now_s - self._last_tick_s
+        elapsed_ms = int(min(elapsed_s, timing.LEADER_TICK_MAX.total_seconds()) * 1000)
+        rows = await self._database.fetch("tick", epoch=epoch, elapsed_ms=elapsed_ms)
         if not rows:
             self._lose()
             return
-        self._last_tick_s = now_s
+        # The part of a millisecond that was not counted is counted next time.
+        self._last_tick_s = now_s - (elapsed_s * 1000 % 1) / 1000
         self.clock_ms = rows[0]["clock"]
 
     async def _campaign(self) -> None:

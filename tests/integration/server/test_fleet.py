@@ -172,8 +172,8 @@ async def test_the_planner_gets_the_fleet_as_it_is(rows: Rows, database: Databas
     one, two = await load_fleet(database)
     assert (one.agent_id, one.session_id, one.epoch, one.fresh, one.drained) == (A, session, 1, True, True)
     assert (one.offers, one.cpu_millis_used, one.memory_bytes_used) == (1, 3000, 1 << 30)
-    assert ([g.uuid for g in one.gpus], one.gpus_used) == (["GPU-0", "GPU-1"], {"GPU-1"})
-    assert (one.runtimes, one.can_set_user) == ({"process"}, set())
+    assert ([g.uuid for g in one.gpus], one.gpus_used) == (["GPU-0", "GPU-1"], frozenset({"GPU-1"}))
+    assert (one.runtimes, one.can_set_user) == (frozenset({"process"}), frozenset())
     assert (two.agent_id, two.fresh, two.gpus, two.cpu_millis_used) == (B, False, (), 0)
 
 

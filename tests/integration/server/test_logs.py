@@ -82,10 +82,10 @@ async def test_an_empty_log_is_empty(rows: Rows, logs: LogReader) -> None:
     number = await rows.job()
     await rows.attempt(number, final_state=4)
     for arguments in ({}, {"tail_lines": 3}, {"follow": True}, {"attempt": 1}, {"offset": 9}):
-        assert await everything(logs.stream(number, **arguments)) == []  # type: ignore[arg-type]
+        assert await everything(logs.stream(number, **arguments)) == []
 
 
-async def test_a_long_log_comes_in_pages(rows: Rows, logs: LogReader, monkeypatch) -> None:
+async def test_a_long_log_comes_in_pages(rows: Rows, logs: LogReader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_queries, "PAGE_BYTES", 100)
     log_queries._chunks_query.cache_clear()  # noqa: SLF001
     number = await ended_job(rows, *(bytes([65 + n % 26]) * 33 for n in range(50)))

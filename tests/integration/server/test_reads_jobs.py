@@ -146,7 +146,9 @@ async def test_attempts_are_told_oldest_first_with_the_live_one(rows: Rows, read
     assert (two.outcome, two.HasField("end_time"), two.HasField("logs_truncated_at")) == (0, False, False)
 
 
-async def test_attempts_with_huge_errors_fit_into_a_message(rows: Rows, reader: JobReader, monkeypatch) -> None:
+async def test_attempts_with_huge_errors_fit_into_a_message(
+    rows: Rows, reader: JobReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(job_reader, "MAX_PAGE_BYTES", 20_000)
     number = await rows.job()
     huge = job_pb2.JobError(type="E", message="m" * 3000, traceback="t" * 20_000)
@@ -167,7 +169,9 @@ async def test_unknown_jobs_are_not_found(rows: Rows, reader: JobReader) -> None
         await reader.attempts(5)
 
 
-async def test_a_job_that_stands_nowhere_is_not_shown_and_logged(rows: Rows, reader: JobReader, caplog) -> None:
+async def test_a_job_that_stands_nowhere_is_not_shown_and_logged(
+    rows: Rows, reader: JobReader, caplog: pytest.LogCaptureFixture
+) -> None:
     number = await rows.job()
     with caplog.at_level(logging.ERROR), pytest.raises(JobNotFound):
         await reader.get(number)

@@ -9,6 +9,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from asyncpg.pool import PoolConnectionProxy
 from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy.dialects.postgresql.asyncpg import dialect
 
@@ -124,7 +125,9 @@ async def test_queue_labels_and_name_all_hold(rows: Rows, reader: JobReader, sta
     assert await every(reader, request) == sorted(wanted, reverse=True)
 
 
-async def test_a_call_looks_at_a_bounded_number_of_jobs(rows: Rows, reader: JobReader, monkeypatch) -> None:
+async def test_a_call_looks_at_a_bounded_number_of_jobs(
+    rows: Rows, reader: JobReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(job_list_queries, "MAX_EXAMINED", 5)
     needle = await rows.job(name="needle")
     await rows.ready(needle)
@@ -178,7 +181,9 @@ async def test_jobs_submitted_meanwhile_disturb_no_page(rows: Rows, reader: JobR
     assert told == sorted(jobs, reverse=True)
 
 
-async def test_pages_of_large_specs_fit_into_a_message(rows: Rows, reader: JobReader, monkeypatch) -> None:
+async def test_pages_of_large_specs_fit_into_a_message(
+    rows: Rows, reader: JobReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(job_reader, "MAX_PAGE_BYTES", 10_000)
     body = spec()
     body.command.argv.append("x" * 4000)
@@ -215,7 +220,7 @@ def literal(value: Any) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-async def plan(connection: asyncpg.Connection, query: Any, parameters: dict[str, Any]) -> str:
+async def plan(connection: asyncpg.Connection | PoolConnectionProxy, query: Any, parameters: dict[str, Any]) -> str:
     """Returns the generic plan of a statement: the one a prepared statement ends up with."""
     compiled = query.compile(dialect=dialect())
     values = compiled.construct_params(parameters)

@@ -28,6 +28,7 @@ TAKEOVER_BOUND = timedelta(seconds=5)
 async def kill_leader(cluster: Cluster, pool: asyncpg.Pool, follower: Server) -> timedelta:
     """Kills the leading process and returns how long nobody led."""
     term = await pool.fetchrow("SELECT epoch, holder FROM leader")
+    assert term is not None
     assert term["holder"] != follower.replica, "the replica that started first leads"
     killed_at = time.monotonic()
     await cluster.kill_server()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import grpc
@@ -94,7 +94,8 @@ class Agents(agent_service_pb2_grpc.AgentServiceServicer):
         self.heard: list[str | None] = []
         self.error: Exception | None = None
 
-    async def Connect(self, request_iterator: AsyncIterator[agents_pb.ConnectRequest], context: Any) -> None:
+    # An async method that writes to its context is as good as the generator that the stubs know of.
+    async def Connect(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
         if self.error is not None:
             raise self.error
         async for request in request_iterator:
@@ -114,7 +115,8 @@ class Served:
         self.port = port
         self.jobs = job_service_pb2_grpc.JobServiceStub(channel)
         self.fleet = fleet_service_pb2_grpc.FleetServiceStub(channel)
-        self.agent = agent_service_pb2_grpc.AgentServiceStub(channel)
+        # The type stubs know no stream-stream call that is written to later.
+        self.agent: Any = agent_service_pb2_grpc.AgentServiceStub(channel)
         self.stopped = False
 
     async def stop(self, grace_s: float = 5) -> None:
@@ -238,7 +240,10 @@ async def test_a_very_long_error_arrives(served: Served) -> None:
 
 # ---------------------------------------------------------------- validation
 
-SELECTORS = [job_pb2.LabelSelector(key="a", operator=3), job_pb2.LabelSelector(key="a", operator=1)]
+SELECTORS = [
+    job_pb2.LabelSelector(key="a", operator=operator)
+    for operator in (job_pb2.SELECTOR_OPERATOR_EXISTS, job_pb2.SELECTOR_OPERATOR_IN)
+]
 BAD_SPECS: list[tuple[str, job_pb2.JobSpec, str]] = [
     ("spec.resources.gpu_count", spec(resources=job_pb2.Resources(gpu_count=-3)), "got -3"),
     ("spec.work", job_pb2.JobSpec(name="x"), "required"),
@@ -307,7 +312,7 @@ async def test_each_message_of_an_agents_stream_is_checked(served: Served) -> No
     good = agents_pb.ConnectRequest(heartbeat=agents_pb.Heartbeat(seq=1))
     bad = agents_pb.ConnectRequest(
         log_chunks=agents_pb.LogChunks(
-            chunks=[agents_pb.LogChunk(job_id="j", lease_id=1, offset=-5, stream=1, data=b"x")]
+            chunks=[agents_pb.LogChunk(job_id="j", lease_id=1, offset=-5, stream=job_pb2.LOG_STREAM_STDOUT, data=b"x")]
         )
     )
     call = served.agent.Connect()
@@ -319,7 +324,7 @@ async def test_each_message_of_an_agents_stream_is_checked(served: Served) -> No
 
 
 async def test_log_bytes_may_hold_anything(served: Served) -> None:
-    chunk = agents_pb.LogChunk(job_id="j", lease_id=1, offset=0, stream=1, data=b"\0\xff")
+    chunk = agents_pb.LogChunk(job_id="j", lease_id=1, offset=0, stream=job_pb2.LOG_STREAM_STDOUT, data=b"\0\xff")
     call = served.agent.Connect()
     await call.write(agents_pb.ConnectRequest(log_chunks=agents_pb.LogChunks(chunks=[chunk])))
     await call.write(agents_pb.ConnectRequest(goodbye=agents_pb.Goodbye(reason="done")))
@@ -373,7 +378,8 @@ async def test_stopping_ends_streams_with_a_reason_and_lets_calls_end(served: Se
     served.writes.go_on.clear()
     submit = served.jobs.SubmitJob(pb.SubmitJobRequest(spec=spec()))
     async with asyncio.timeout(20):
-        assert (await watch.read()).cursor
+        first: Any = await watch.read()
+        assert first.cursor
         assert (await standing.read()).status == health_pb2.HealthCheckResponse.SERVING
         await served.writes.entered.wait()
         served.endpoint.stop_serving()
@@ -420,7 +426,7 @@ async def test_a_client_can_be_built_from_reflection_alone(served: Served) -> No
                 request_serializer=lambda message: message.SerializeToString(),
                 response_deserializer=message_factory.GetMessageClass(method.output_type).FromString,
             )
-            request = request_type()
+            request: Any = request_type()
             request.spec.command.argv.append("true")
             return str(call(request, timeout=20).job_id)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from lessor.lifecycle import LeasePhase, Outcome
@@ -113,7 +115,7 @@ async def test_a_rebooted_host_loses_its_leases_after_two_intervals_not_a_ttl(st
     ],
     ids=["same boot", "boot unknown", "hardware unknown"],
 )
-async def test_without_proof_the_leases_run_out(store: Store, facts: dict[str, str]) -> None:
+async def test_without_proof_the_leases_run_out(store: Store, facts: dict[str, Any]) -> None:
     lease = await store.running()
     await store.hello(**facts)
     await store.set_clock(62_200)

@@ -10,7 +10,7 @@ import pytest
 
 from lessor.lifecycle import LeasePhase, Outcome
 from lessor.v1 import job_pb2, job_service_pb2
-from lessor_server.domain.budgets import fate
+from lessor_server.domain.budgets import REJECTED_DELAY, Fate, fate, requeue_delay
 from lessor_server.domain.errors import JobNotTerminal, QueueNotFound, RequestIdReused
 from lessor_server.domain.states import JobState
 from lessor_server.maintenance.reaper import QUEUE_TIMEOUT
@@ -111,6 +111,19 @@ async def test_the_fate_in_sql_is_the_fate_of_the_domain(store: Store, outcome: 
                 assert row["backs_off"] == (expected.backoff or expected.delay > timedelta(0))
 
 
+@pytest.mark.parametrize("outcome", [Outcome.FAILED, Outcome.TIMED_OUT, Outcome.REJECTED])
+async def test_the_wait_in_sql_is_the_wait_of_the_domain(store: Store, outcome: Outcome) -> None:
+    hour = timedelta(hours=1)
+    for count, initial, jitter in itertools.product(range(1, 80, 3), (timedelta(0), timedelta(seconds=3)), (-1.0, 0.3)):
+        end = Fate(None, failures=count, losses=0, backoff=outcome is not Outcome.REJECTED, delay=REJECTED_DELAY)
+        waited_ms = await store.value(
+            "SELECT backoff_ms($1::smallint, $2, $2, $3, $4, $5)",
+            outcome, count, initial // timedelta(milliseconds=1), hour // timedelta(milliseconds=1), jitter,
+        )  # fmt: skip
+        expected = requeue_delay(end, count, initial, hour, jitter)
+        assert waited_ms == pytest.approx(expected / timedelta(milliseconds=1))
+
+
 async def test_a_failure_waits_out_its_backoff(store: Store) -> None:
     lease = await store.running(retry=job_pb2.RetryPolicy(max_failures=2))
     await store.report(lease, failed())
@@ -167,7 +180,12 @@ async def test_a_refused_offer_waits_a_moment(store: Store) -> None:
 async def test_events_of_one_batch_keep_their_order(store: Store) -> None:
     session = await store.hello()
     (lease,) = await store.claim(await store.submit(), session)
-    events = [Phase(LeasePhase.ACCEPTED), Phase(LeasePhase.RUNNING), Checkpoint("c1"), succeeded()]
+    events: list[Phase | Checkpoint | End] = [
+        Phase(LeasePhase.ACCEPTED),
+        Phase(LeasePhase.RUNNING),
+        Checkpoint("c1"),
+        succeeded(),
+    ]
     assert await store.report(lease, *events) == [Verdict.RECORDED] * 4
     assert await store.where(lease.job) == "SUCCEEDED"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncpg
 import pytest
+from asyncpg.pool import PoolConnectionProxy
 
 from lessor_server.store.statements import all_names, statement
 from tests.support.store import Store
@@ -33,7 +34,8 @@ INSERT INTO agent SELECT 'agent-' || i, 'a', '0', '{}', '[]', 1, 1, 1000, 'h', '
 INSERT INTO gpu SELECT 'agent-' || i, 'gpu-' || i, 0, 'm', 1 FROM generate_series(1, 2000) AS i;
 INSERT INTO lease (job_id, lease_id, session_id, agent_id, attempt, phase, queue_id, shape_id, priority, failures,
     losses, max_failures, max_losses, backoff_initial_ms, backoff_max_ms, deduped, ttl_ms, gpu_uuids,
-    offered_at, granted_at) SELECT id, nextval('lease_number'), 1 + row_number() OVER () % 2000, 'agent-1', 1, 3, 1, 1, 0, 0, 0, 1, 10, 0, 0,
+    offered_at, granted_at)
+    SELECT id, nextval('lease_number'), 1 + row_number() OVER () % 2000, 'agent-1', 1, 3, 1, 1, 0, 0, 0, 1, 10, 0, 0,
     false, 60000, '{}', 0, now() FROM job ORDER BY id OFFSET 13000 LIMIT 3000;
 INSERT INTO lease_gpu SELECT 'agent-1', 'gpu-' || lease_id, lease_id, job_id FROM lease;
 INSERT INTO attempt (job_id, lease_id, attempt, gpu_uuids, outcome, signal, failures, losses, final_state, ended_at,
@@ -57,7 +59,7 @@ async def filled(store: Store) -> asyncpg.Pool:
     return store.database.pool
 
 
-async def generic_plan(connection: asyncpg.Connection, name: str) -> str:
+async def generic_plan(connection: asyncpg.Connection | PoolConnectionProxy, name: str) -> str:
     """Returns the plan Postgres keeps for a prepared statement, whatever the values."""
     query = statement(name)
     prepared = await connection.prepare(query.text)

@@ -74,6 +74,8 @@ def test_an_error_is_kept() -> None:
         line(type="metrics", values=3),
         line(type="checkpoint", cursor=5),
         line(type="checkpoint", cursor="x" * 70_000),
+        line(type="checkpoint", cursor="a\0b"),
+        line(type="checkpoint", cursor="a\ud800b"),
         line(type="result"),
         b'{"type": "result", "value": NaN}\n',
         line(type="result", value="x" * 300_000),

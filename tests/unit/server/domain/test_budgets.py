@@ -18,6 +18,7 @@ from lessor_server.domain.budgets import (
     exhausted_message,
     fate,
     late_fate,
+    rejection_delay,
     requeue_delay,
 )
 from lessor_server.domain.states import TERMINAL, JobState
@@ -134,4 +135,9 @@ def test_backoff_never_overflows(failures: int, initial: timedelta, maximum: tim
 )
 def test_a_job_waits_by_what_happened_to_it(outcome: Outcome, wait: timedelta) -> None:
     end = fate(outcome, 1, 0, 5, 5, True, False)
-    assert requeue_delay(end, 2 * S, 300 * S, 0) == wait
+    assert requeue_delay(end, 1, 2 * S, 300 * S, 0) == wait
+
+
+@pytest.mark.parametrize(("attempt", "wait"), [(0, S), (1, S), (2, 2 * S), (6, 32 * S), (7, 60 * S), (10_000, 60 * S)])
+def test_a_refused_job_waits_longer_each_time(attempt: int, wait: timedelta) -> None:
+    assert rejection_delay(attempt) == wait

@@ -306,10 +306,10 @@ CREATE FUNCTION lease_fate(
 $$;
 
 CREATE FUNCTION backoff_ms(
-    outcome smallint, failures int, initial_ms bigint, max_ms bigint, jitter double precision
+    outcome smallint, attempt int, failures int, initial_ms bigint, max_ms bigint, jitter double precision
 ) RETURNS double precision LANGUAGE sql IMMUTABLE AS $$
     SELECT CASE
-        WHEN outcome = 7 THEN 1000.0
+        WHEN outcome = 7 THEN LEAST(60000.0, 1000.0 * power(2.0::double precision, LEAST(GREATEST(attempt - 1, 0), 62)))
         ELSE LEAST(max_ms, initial_ms * power(2.0::double precision, LEAST(GREATEST(failures - 1, 0), 62)))
             * (1 + 0.2 * jitter)
     END

@@ -37,7 +37,9 @@ later AS (
     SELECT
         job_id, queue_id, shape_id, priority, attempt, new_failures, new_losses, lease_id,
         COALESCE(CAST(:now AS timestamptz), now())
-        + make_interval(secs => backoff_ms(outcome, new_failures, backoff_initial_ms, backoff_max_ms, jitter) / 1000)
+        + make_interval(secs => backoff_ms(
+            outcome, attempt, new_failures, backoff_initial_ms, backoff_max_ms, jitter
+        ) / 1000)
     FROM fated
     WHERE final_state IS NULL AND backs_off
 ),
