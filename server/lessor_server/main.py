@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from lessor import log
 from lessor_server.config import ListenError, ServerSettings
-from lessor_server.domain.errors import LessorServerError
+from lessor_server.domain.errors import DatabaseUnavailable, LessorServerError
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,8 @@ def serve(
         log_level=log_level,
     )
     log.configure(settings.log_format, settings.log_level)
+    # It tells on INFO which of its own plugins it has found.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     uvloop.run(_serve(settings))
 
 
@@ -126,6 +128,12 @@ def main(argv: list[str]) -> int:
         app(args=argv, prog_name="lessor server", standalone_mode=False)
     except (StartError, ListenError, ValueError) as error:
         return _fail(str(error), 2)
+    except DatabaseUnavailable as error:
+        return _fail(
+            f"the database does not answer ({error.details['cause']}): is it running, and is --database-url "
+            "(or LESSOR_SERVER_DATABASE_URL) right?",
+            1,
+        )
     except LessorServerError as error:
         return _fail(error.message, 1)
     except typer.Exit as leave:

@@ -54,9 +54,7 @@ async def test_a_job_sees_the_gpus_it_was_leased_and_no_others(
     assert (known[odd].index, known[odd].model) == (5, "NVIDIA Odd One")
 
 
-async def test_what_the_gpus_say_is_listed(
-    cluster: Cluster, client: lessor.AsyncClient, nvml_stub: NvmlStub
-) -> None:
+async def test_what_the_gpus_say_is_listed(cluster: Cluster, client: lessor.AsyncClient, nvml_stub: NvmlStub) -> None:
     nvml_stub.say({"3.memory_used": 7 << 30, "3.utilization": 93})
     cluster.agent("gpu-host", **nvml_stub.environment)
     holder = await client.submit(["/bin/sh", "-c", 'echo "$CUDA_VISIBLE_DEVICES"; exec sleep 3600'], gpus=1)

@@ -157,7 +157,7 @@ def backoff(failures: int, initial: timedelta, maximum: timedelta, jitter: float
 def rejection_delay(attempt: int) -> timedelta:
     """Returns how long a job is kept back whose ``attempt``-th offer was refused: 1 s, 2 s, 4 s, … at most a minute."""
     # Six doublings are past the maximum; more could overflow.
-    return min(REJECTED_DELAY_MAX, REJECTED_DELAY * 2 ** min(max(attempt - 1, 0), 6))
+    return min(REJECTED_DELAY_MAX, REJECTED_DELAY * (1 << min(max(attempt - 1, 0), 6)))
 
 
 def requeue_delay(end: Fate, attempt: int, initial: timedelta, maximum: timedelta, jitter: float) -> timedelta:

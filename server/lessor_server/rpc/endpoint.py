@@ -113,6 +113,10 @@ class Endpoint:
         Raises:
             OSError: The address cannot be used.
         """
+        refusal = _why_not(host, port)
+        if refusal is not None and refusal.errno == errno.EADDRINUSE:
+            # Asked first: grpc would say so on standard error, in a format of its own.
+            raise refusal
         try:
             bound = self._server.add_insecure_port(_address(host, port))
         except RuntimeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -21,6 +22,8 @@ from tests.support.servers import Client, RawAgent, connected, ended, running_se
 pytestmark = pytest.mark.integration
 
 MAX_RESULT_BYTES = 256 * 1024
+QUEUE = "a" + "b.c-d_e" * 8 + "f12345"
+"""As long as a queue's name may be."""
 
 # One server and one database for all examples: what is checked does not depend on what else is stored.
 many = settings(
@@ -62,6 +65,7 @@ def specs(draw: st.DrawFn) -> JobSpec:
     return JobSpec(
         argv=(draw(texts.filter(bool)), *draw(st.lists(texts, max_size=4))),
         name=draw(st.text(printable, max_size=128)),
+        queue=draw(st.sampled_from(["", "default", QUEUE])),
         labels=draw(st.dictionaries(label_keys, label_values, max_size=4)),
         runtime=draw(st.just("") | st.from_regex(r"[a-z0-9]([a-z0-9_-]{0,30}[a-z0-9])?", fullmatch=True)),
         env=draw(st.dictionaries(_env_names(), texts, max_size=4)),
@@ -83,6 +87,7 @@ def specs(draw: st.DrawFn) -> JobSpec:
         start_timeout=draw(durations(milliseconds, timedelta(days=1))),
         ttl=ttl,
         grace=draw(durations(timedelta(0), min(room, timedelta(minutes=10)))),
+        dedupe_key=draw(texts),
     )
 
 
@@ -114,6 +119,8 @@ FULL = JobSpec(
     start_timeout=timedelta(days=1),
     ttl=timedelta(hours=1),
     grace=timedelta(minutes=10),
+    queue=QUEUE,
+    dedupe_key="k" * 300,
 )
 
 
@@ -153,6 +160,7 @@ async def world(database_url: str) -> AsyncIterator[World]:
     ):
         agent = RawAgent(stubs)
         await agent.connect()
+        await sdk.create_queue(QUEUE)
         yield World(sdk, stubs, agent)
         await agent.leave()
 
@@ -162,8 +170,9 @@ async def world(database_url: str) -> AsyncIterator[World]:
 @example(FULL)
 @example(JobSpec(argv=("/",)))
 async def test_a_spec_comes_back_as_it_was_given(world: World, spec: JobSpec) -> None:
-    # No agent has the label: the job stays where it is.
-    kept = replace(spec, selectors=(*spec.selectors, LabelSelector("nowhere", SelectorOperator.EXISTS)))
+    # No agent has the label: the job stays where it is. A key would find the job of another example.
+    nowhere = (*spec.selectors, LabelSelector("nowhere", SelectorOperator.EXISTS))
+    kept = replace(spec, selectors=nowhere, dedupe_key=spec.dedupe_key and f"{spec.dedupe_key}{uuid.uuid4()}")
     submitted = await world.sdk.submit(kept)
     job = await world.sdk.get(submitted)
     assert job.spec == filled(kept, job.spec)
@@ -175,9 +184,11 @@ async def test_a_spec_comes_back_as_it_was_given(world: World, spec: JobSpec) ->
     text = json.dumps(job.to_dict())
     assert JobSpec.from_dict(json.loads(text)["spec"]) == job.spec
     # What was read back can be submitted, and is the same again.
-    again = await world.sdk.get(await world.sdk.submit(job.spec))
+    repeated = await world.sdk.submit(job.spec)
+    assert repeated.existing == (repeated.id == submitted.id) == bool(kept.dedupe_key)
+    again = await world.sdk.get(repeated)
     assert again.spec == job.spec
-    await world.sdk.cancel([submitted, again.id])
+    await world.sdk.cancel({submitted.id, again.id})
 
 
 async def test_the_agent_is_granted_what_was_submitted(world: World) -> None:
@@ -196,7 +207,9 @@ json_values = st.recursive(
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
     | json_texts
-    | st.sampled_from([2**63, -(2**63) - 1, 2**200, 5e-324, 1.7976931348623157e308, -0.0, "\0", "\ud800", "\u202e🚀", ""]),
+    | st.sampled_from(
+        [2**63, -(2**63) - 1, 2**200, 5e-324, 1.7976931348623157e308, -0.0, "\0", "\ud800", "\u202e🚀", ""]
+    ),
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(json_texts, inner, max_size=5),
     max_leaves=20,
 )
