@@ -268,4 +268,3 @@ async def test_jobs_that_cannot_start(cluster: Cluster, client: lessor.AsyncClie
     # The place is free again and takes a good job.
     assert (await asyncio.to_thread(run, "run", *TRUE, LESSOR_ADDRESS=cluster.address)).code == 0
     assert not [lease async for lease in client.leases()]
-

@@ -13,6 +13,7 @@ import pytest
 
 import lessor
 from lessor import JobState, timing
+from lessor.sdk.wire import duration_message
 from lessor.v1 import job_pb2
 from lessor_server.server import Server
 from tests.support.cluster import Agent, Cluster, running_cluster, until
@@ -47,7 +48,8 @@ async def test_the_other_replica_leads_and_grants(database_url: str, pool: async
         running_server(database_url) as follower,
         connected(follower) as client,
     ):
-        agent = RawAgent(client)
+        # Nothing here may depend on when this machine finds the time for the next heartbeat.
+        agent = RawAgent(client, heartbeat_interval=duration_message(timedelta(seconds=10)))
         await agent.connect()
         first = await client.submit()
         before = await agent.grant()

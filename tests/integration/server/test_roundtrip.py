@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import lessor
 from lessor import JobSpec, timing
 from lessor.sdk.selectors import LabelSelector, SelectorOperator
+from lessor.sdk.wire import duration_message
 from lessor.v1 import agent_service_pb2 as pb
 from tests.support.servers import Client, RawAgent, connected, ended, running_server
 
@@ -158,7 +159,8 @@ async def world(database_url: str) -> AsyncIterator[World]:
         connected(server) as stubs,
         lessor.AsyncClient(f"127.0.0.1:{server.port}", timeout=30) as sdk,
     ):
-        agent = RawAgent(stubs)
+        # It says little by itself: a session that has not renewed for two intervals gets no job.
+        agent = RawAgent(stubs, heartbeat_interval=duration_message(timedelta(seconds=10)))
         await agent.connect()
         await sdk.create_queue(QUEUE)
         yield World(sdk, stubs, agent)
@@ -217,6 +219,7 @@ json_values = st.recursive(
 
 async def returned(world: World, result: bytes) -> lessor.Job:
     """Runs a job that returns these bytes; returns it as the SDK reads it."""
+    await world.agent.heartbeat()
     submitted = await world.sdk.submit(["/bin/true"])
     grant = await world.agent.grant()
     while grant.job_id != submitted.id:

@@ -15,7 +15,7 @@ import lessor
 from lessor.cli import external, session
 from lessor.v1 import fleet_service_pb2, job_pb2
 from tests.support.fake_services import FakeServer, Fault
-from tests.unit.client.conftest import Ran
+from tests.integration.client.conftest import Ran
 
 Cli = Callable[..., Ran]
 

@@ -23,7 +23,7 @@ from lessor.cli.screen import bar_text
 from lessor.sdk.jobs import Progress
 from lessor.v1 import job_pb2
 from tests.support.fake_services import FakeServer
-from tests.unit.client.conftest import Ran
+from tests.integration.client.conftest import Ran
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
 Cli = Callable[..., Ran]
