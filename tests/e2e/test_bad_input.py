@@ -6,7 +6,6 @@ import asyncio
 import os
 import socket
 import subprocess
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +80,8 @@ class Shell:
 
 
 @pytest.fixture
-async def shell(cluster: Cluster, pool: asyncpg.Pool) -> AsyncIterator[Shell]:
-    yield Shell(cluster, pool)
+async def shell(cluster: Cluster, pool: asyncpg.Pool) -> Shell:
+    return Shell(cluster, pool)
 
 
 async def test_bad_flags_of_submit_and_run(shell: Shell) -> None:
@@ -123,8 +122,11 @@ async def test_bad_job_files(shell: Shell, tmp_path: Path) -> None:
         "gpus.yaml": ("command: [a]\ngpus: -1", ("gpus.yaml:2", "-1")),
         "second.yaml": ("command: [a]\n---\ncommand: [b]\nqueue: nope", ("nope",)),
         "huge_env.yaml": (f"command: [a]\nenv:\n  A: {huge}", ("huge_env.yaml", "67108864", "split")),
-        "long_env.yaml": (f"command: [a]\nenv:\n  A: {huge[:20_000_000]}", ("20000072", "16777216", "file")),
-        "argv.yaml": (f"command: [a, {huge[:5_000_000]}]", ("131072",)),
+        "long_env.json": (
+            f'{{"command": ["a"], "env": {{"A": "{huge[:20_000_000]}"}}}}',
+            ("20000072", "16777216", "file"),
+        ),
+        "argv.json": (f'{{"command": ["a", "{huge[:5_000_000]}"]}}', ("131072",)),
         "many.json": ('[{"command": ["a"]}, {"command": ["a"], "gpus": -1}]', ("many.json", "job 2", "-1")),
     }
     for name, (text, words) in files.items():
@@ -253,7 +255,6 @@ async def test_jobs_that_cannot_start(cluster: Cluster, client: lessor.AsyncClie
         (("--", "/no/such/program"), "/no/such/program"),
         (("--", str(tmp_path)), str(tmp_path)),
         (("--workdir", str(tmp_path / "missing"), *TRUE), str(tmp_path / "missing")),
-        (("--user", "no-such-user-here", *TRUE), "no-such-user-here"),
     ]
     for flags, named in cases:
         ran = await asyncio.to_thread(run, "run", *flags, LESSOR_ADDRESS=cluster.address)
@@ -268,3 +269,21 @@ async def test_jobs_that_cannot_start(cluster: Cluster, client: lessor.AsyncClie
     # The place is free again and takes a good job.
     assert (await asyncio.to_thread(run, "run", *TRUE, LESSOR_ADDRESS=cluster.address)).code == 0
     assert not [lease async for lease in client.leases()]
+
+
+async def test_a_user_that_this_host_does_not_have(cluster: Cluster, client: lessor.AsyncClient) -> None:
+    cluster.agent("one")
+    job = await client.submit(["/bin/true"], user="no-such-user-here", queue_timeout="60s")
+    async for change in client.watch([job]):
+        # Another host may have the user: the job waits for one, at no cost.
+        if change.state is JobState.QUEUED and change.attempt:
+            break
+    assert (await client.attempts(job))[0].outcome is lessor.Outcome.REJECTED
+    told = await asyncio.to_thread(run, "explain", job.id, LESSOR_ADDRESS=cluster.address)
+    assert (told.code, told.err) == (0, "")
+    assert len(told.out.splitlines()) == 1
+    assert "no user 'no-such-user-here' on this host; create it here or name another" in told.out
+    waiting = await client.get(job)
+    assert (waiting.failures, waiting.losses) == (0, 0)
+    await client.cancel(job)
+    assert (await client.wait([job], timeout=30))[0].state is JobState.CANCELLED

@@ -55,7 +55,9 @@ class Output:
         elif cells:
             from rich.console import Console
 
-            Console().print(self.render(columns, cells))
+            console = Console()
+            shown = columns_that_fit(columns, cells, console.width)
+            console.print(self.render(columns[:shown], [row[:shown] for row in cells]))
         elif empty:
             print(empty)
 
@@ -79,6 +81,19 @@ class Output:
         width = max((len(name) for name, _ in shown), default=0) if self.terminal else 0
         for name, value in shown:
             print(f"{name + ':':<{width + 1}} {value}" if self.terminal else f"{name}\t{value}")
+
+
+def columns_that_fit(columns: Sequence[str], cells: Sequence[Sequence[str]], width: int) -> int:
+    """Returns how many columns a terminal of ``width`` has room for: the last ones, the least important, go first.
+
+    The first three stay in any case; ``--json`` and a pipe show all.
+    """
+    needed = 0
+    for index, column in enumerate(columns):
+        needed += max(len(column), *(len(row[index]) for row in cells)) + (2 if index else 0)
+        if needed > width and index >= 3:
+            return index
+    return len(columns)
 
 
 _STYLES = {

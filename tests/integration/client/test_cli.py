@@ -13,9 +13,10 @@ import pytest
 
 import lessor
 from lessor.cli import external, session
+from lessor.cli.output import columns_that_fit
 from lessor.v1 import fleet_service_pb2, job_pb2
-from tests.support.fake_services import FakeServer, Fault
 from tests.integration.client.conftest import Ran
+from tests.support.fake_services import FakeServer, Fault
 
 Cli = Callable[..., Ran]
 
@@ -352,3 +353,12 @@ def test_an_extra_that_is_not_installed(cli: Cli, monkeypatch: pytest.MonkeyPatc
     assert ran.code == 1
     assert ran.err.startswith("error: lessor server needs the server extra: pip install 'lessor[server]'")
     assert ran.err.count("\n") == 1
+
+
+def test_a_narrow_terminal_gets_fewer_columns_not_cut_ones() -> None:
+    cells = [["host-one", "active", "2", "x" * 40, "y" * 40]]
+    head = ["NAME", "STATE", "GPUS", "LABELS", "ID"]
+    assert columns_that_fit(head, cells, 200) == 5
+    assert columns_that_fit(head, cells, 80) == 4
+    assert columns_that_fit(head, cells, 40) == 3
+    assert columns_that_fit(head, cells, 5) == 3

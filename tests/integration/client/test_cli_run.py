@@ -22,8 +22,8 @@ from lessor.cli.output import Output, one_line, span_text
 from lessor.cli.screen import bar_text
 from lessor.sdk.jobs import Progress
 from lessor.v1 import job_pb2
-from tests.support.fake_services import FakeServer
 from tests.integration.client.conftest import Ran
+from tests.support.fake_services import FakeServer
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
 Cli = Callable[..., Ran]
