@@ -167,6 +167,8 @@ class Keeper:
         self._cause: str | None = None
         self._kill_at_ns: int | None = None
         self._killing = False
+        self._leftovers_due = False
+        """The main process ended by itself and what it left behind was not asked to go yet."""
         self._kill_poll_ms = _KILL_POLL_MS[0]
 
     def run(self) -> None:
@@ -232,6 +234,10 @@ class Keeper:
             except ChildProcessError:
                 return True
             if pid == 0:
+                if self._leftovers_due:
+                    # Only now: looking through all processes of a host costs more than most jobs' ends.
+                    self._leftovers_due = False
+                    terminate(self._tree())
                 return False
             if pid == self._child.pid:
                 self._main_status = status
@@ -244,7 +250,7 @@ class Keeper:
             self._read_report()
         if self._kill_at_ns is None:
             self._kill_at_ns = boottime_ns() + min(self._spec.grace_ns, LEFTOVER_GRACE_NS)
-            terminate(self._tree())
+            self._leftovers_due = True
 
     # -- the workload's start ----------------------------------------------
 
