@@ -86,15 +86,15 @@ class AgentReplay:
                 raise AssertionError(f"the recording has an unknown happening: {what}")
 
     async def _until_heard(self, word: tuple[Any, ...]) -> None:
-        while not any(as_recorded(said, word) for said in self.heard):
-            try:
-                await self._hear()
-            except (TimeoutError, EOFError) as error:
-                raise AssertionError(f"{word} was not said, only {self.heard}") from error
+        try:
+            async with asyncio.timeout(WAIT_S):
+                while not any(as_recorded(said, word) for said in self.heard):
+                    await self._hear()
+        except (TimeoutError, EOFError) as error:
+            raise AssertionError(f"{word} was not said, only {self.heard}") from error
 
     async def _hear(self) -> None:
-        async with asyncio.timeout(WAIT_S):
-            message = await self._call.read()
+        message = await self._call.read()
         if message is EOF:
             raise EOFError
         self.heard += server_words(normalised(message, self._names))
@@ -102,8 +102,9 @@ class AgentReplay:
     async def _end(self) -> None:
         """A goodbye ends the stream in order, after all that was still to be said."""
         try:
-            while True:
-                await self._hear()
+            async with asyncio.timeout(WAIT_S):
+                while True:
+                    await self._hear()
         except EOFError:
             assert await self._call.code() is grpc.StatusCode.OK
 
