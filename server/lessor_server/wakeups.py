@@ -20,6 +20,13 @@ logger = logging.getLogger(__name__)
 _CHANNEL = "lessor_changed"
 _COALESCE_S = 0.02
 _RECONNECT_S = 1.0
+_TROUBLE = (
+    OSError,
+    asyncio.TimeoutError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
 
 
 class Wakeups:
@@ -38,15 +45,16 @@ class Wakeups:
         while True:
             try:
                 connection = await asyncpg.connect(self._url, timeout=5, server_settings=SESSION_SETTINGS)
-            except (TimeoutError, OSError, asyncpg.PostgresError):
+            except _TROUBLE:
                 await asyncio.sleep(_RECONNECT_S)
                 continue
             try:
                 await self._serve(connection)
-            except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            except _TROUBLE as error:
                 logger.warning("wake-ups are interrupted", extra={"event": "wakeups", "error": str(error)})
             finally:
                 connection.terminate()
+            await asyncio.sleep(_RECONNECT_S)
 
     async def _serve(self, connection: asyncpg.Connection) -> None:
         await connection.add_listener(_CHANNEL, self._heard)

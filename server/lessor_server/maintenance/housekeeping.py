@@ -26,7 +26,7 @@ class Retention:
     """How long what has ended is kept."""
 
     jobs: timedelta = timedelta(days=90)
-    """Jobs and their attempts, counted from the submit; a day at a time."""
+    """Jobs, attempts and dedupe keys, counted from the submit; a day at a time."""
     requests: timedelta = timedelta(days=7)
     """request_ids, so that a repeated submit finds its job."""
     events: timedelta = timedelta(days=1)
@@ -50,6 +50,15 @@ gone AS (
 )
 UPDATE event_floor AS f SET xid = last.xid, id = last.id
 FROM (SELECT xid, id FROM gone ORDER BY xid DESC, id DESC LIMIT 1) AS last
+"""
+_DEDUPE = """
+DELETE FROM dedupe AS d WHERE (d.queue_id, d.key) IN (
+    SELECT k.queue_id, k.key
+    FROM dedupe AS k
+    JOIN attempt AS a ON a.job_id = k.job_id AND a.final_state IS NOT NULL
+    WHERE k.job_id < (extract(epoch FROM COALESCE($1::timestamptz, now()) - $2::interval) * 1000)::bigint << 21
+    LIMIT 10000
+)
 """
 _CHECKPOINTS = """
 DELETE FROM checkpoint AS c WHERE c.job_id = ANY (ARRAY(
@@ -81,6 +90,8 @@ DELETE FROM agent AS a WHERE a.id = ANY (ARRAY(
         )
     LIMIT 1000
 ))
+-- Looked at again under the lock: an agent that says hello meanwhile stays.
+AND a.connected_at < COALESCE($1::timestamptz, now()) - $2::interval
 """
 
 
@@ -115,6 +126,9 @@ class Housekeeping:
             DatabaseUnavailable: What was done stands.
         """
 
+        # First, because a key keeps the whole day of its job.
+        await self._repeat(_DEDUPE, self._now, self._retention.jobs)
+
         async def partitions() -> None:
             async with self._database.pool.acquire() as connection:
                 await ensure_partitions(connection, self._now)
@@ -144,7 +158,9 @@ async def _drop_day(connection: asyncpg.Connection | Any, partitions: Sequence[t
     for table, name in partitions:
         try:
             await drop_partition(connection, table, name)
-        except asyncpg.LockNotAvailableError:
-            logger.info("a partition is still read", extra={"event": "drop", "partition": name})
+        except asyncpg.PostgresError as error:
+            # A reader in the way, most likely; the other days and the next time are not its concern.
+            fields = {"event": "drop", "partition": name, "error": str(error)}
+            logger.info("a partition cannot be dropped yet", extra=fields)
             return
         logger.info("a partition was dropped", extra={"event": "drop", "partition": name})

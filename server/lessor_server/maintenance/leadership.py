@@ -77,7 +77,9 @@ class Leadership:
         elapsed_ms = int(min(elapsed_s, timing.LEADER_TICK_MAX.total_seconds()) * 1000)
         rows = await self._database.fetch("tick", epoch=epoch, elapsed_ms=elapsed_ms)
         if not rows:
-            self._lose()
+            # Unless a new term of ours began while this tick was on its way.
+            if self.epoch == epoch:
+                self._lose()
             return
         # The part of a millisecond that was not counted is counted next time.
         self._last_tick_s = now_s - (elapsed_s * 1000 % 1) / 1000
@@ -116,15 +118,11 @@ class Leadership:
         """
         if self.epoch is None:
             return
-        (row,) = await self._database.fetch("read_leader")
-        if row["epoch"] != self.epoch:
-            self._lose()
-            return
-        rows = await self._database.fetch(
-            "take_over", holder=self._replica, seen_epoch=self.epoch, seen_beat=row["beat"]
-        )
+        rows = await self._database.fetch("renew_term", epoch=self.epoch, holder=self._replica)
         if rows:
             self.epoch = rows[0]["epoch"]
+        else:
+            self._lose()
 
     async def resign(self) -> None:
         """Lets another replica take over at once."""

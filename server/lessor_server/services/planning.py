@@ -52,6 +52,8 @@ class Planning:
         self._bells = bells
         self._policy = policy or Policy()
         self._now = now
+        self._doubtful = False
+        """A claim of this term has an unknown outcome."""
 
     async def run(self) -> None:
         """Plans until cancelled; rests while another replica leads."""
@@ -73,6 +75,9 @@ class Planning:
         Raises:
             DatabaseUnavailable: Nothing was placed, or the term was renewed so that it will not be.
         """
+        if self._doubtful:
+            await self._leadership.renew_term()
+            self._doubtful = False
         epoch = self._leadership.epoch
         if epoch is None:
             return False
@@ -91,8 +96,10 @@ class Planning:
                 self._bells.logs.ring(row["job_id"])
             # Those for agents of other replicas are delivered there.
             self._bells.changed(room=False)
-        # What did not come back was cancelled or its agent said hello in between.
-        return not planned.complete or len(rows) < len(planned.grants)
+        # What did not come back was cancelled, is being cancelled, or its agent
+        # said hello in between. Where nothing came back, planning the same again
+        # at once would only spin.
+        return bool(rows) and (not planned.complete or len(rows) < len(planned.grants))
 
     async def _claim(self, epoch: int, grants: Sequence[Grant]) -> list[asyncpg.Record]:
         try:
@@ -107,5 +114,11 @@ class Planning:
             )
         except DatabaseUnavailable:
             # It may still commit: in a new term it cannot, and the next cycle reads what is so.
-            await self._leadership.renew_term()
+            self._doubtful = True
             raise
+        except asyncpg.UniqueViolationError:
+            # A job or a GPU that the plan took for free is held: never store it, say so
+            # loudly, and plan anew on what is there.
+            logger.exception("a plan would have given something twice", extra={"event": "claim_refused"})
+            self._doubtful = True
+            return []

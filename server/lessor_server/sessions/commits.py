@@ -10,9 +10,11 @@ from lessor_server.bells import Bells
 from lessor_server.store.database import Database
 from lessor_server.store.group_commit import GroupCommit
 from lessor_server.store.logs import Chunk, Position, ProgressRow, append, save_progress
-from lessor_server.store.reports import Report, Verdict, commit_reports, finish_drained
+from lessor_server.store.reports import Report, Verdict, commit_reports, finish_drained, report_bytes
 
 _MAX_LOG_BATCH_BYTES = 8 << 20
+_MAX_REPORT_BATCH_BYTES = 16 << 20
+_MOST_DRAINING = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +31,15 @@ class AgentCommits:
     def __init__(self, database: Database, bells: Bells) -> None:
         self._database = database
         self._bells = bells
-        self._draining: set[int] = set()
+        self._draining: dict[int, None] = {}
+        """Jobs that wait for log bytes here, the oldest first."""
         self.renewals: GroupCommit[Renewal, bool] = GroupCommit(
             "renew", self._renew, max_items=20_000, linger_s=timing.RENEWAL_FLUSH.total_seconds()
         )
         # One worker: the events of a lease are committed in the order they came.
-        self.reports: GroupCommit[Report, Verdict] = GroupCommit("report", self._report, max_items=2000)
+        self.reports: GroupCommit[Report, Verdict] = GroupCommit(
+            "report", self._report, max_items=2000, weight=report_bytes, max_weight=_MAX_REPORT_BATCH_BYTES
+        )
         self.logs: GroupCommit[Chunk, Position] = GroupCommit(
             "log",
             self._append,
@@ -55,14 +60,21 @@ class AgentCommits:
             await commit.close()
 
     async def _renew(self, renewals: Sequence[Renewal]) -> list[bool]:
-        latest = {r.session_id: r.epoch for r in renewals}
+        # Of two streams of one session the newer epoch counts, whichever came last.
+        latest: dict[int, int] = {}
+        for renewal in renewals:
+            latest[renewal.session_id] = max(renewal.epoch, latest.get(renewal.session_id, 0))
         rows = await self._database.fetch("renew", session_ids=list(latest), epochs=list(latest.values()))
         renewed = {row["id"] for row in rows}
         return [r.session_id in renewed and latest[r.session_id] == r.epoch for r in renewals]
 
     async def _report(self, reports: Sequence[Report]) -> list[Verdict]:
         committed = await commit_reports(self._database, reports)
-        self._draining |= committed.draining_jobs
+        for job in committed.draining_jobs:
+            self._draining[job] = None
+        while len(self._draining) > _MOST_DRAINING:
+            # The oldest were ended by the leader or on another replica long ago.
+            del self._draining[next(iter(self._draining))]
         if committed.changed_jobs:
             for job in committed.changed_jobs:
                 self._bells.logs.ring(job)
@@ -73,9 +85,10 @@ class AgentCommits:
         positions = await append(self._database, chunks)
         jobs = {chunk.job_number for chunk in chunks}
         # What another replica or an earlier process left draining is found by the leader.
-        if waiting := sorted(jobs & self._draining):
+        if waiting := sorted(jobs & self._draining.keys()):
             finished = await finish_drained(self._database, waiting)
-            self._draining -= finished
+            for job in finished:
+                del self._draining[job]
             if finished:
                 self._bells.changed()
         for job in jobs:

@@ -19,12 +19,15 @@ from lessor.v1 import agent_service_pb2 as pb
 from lessor_server.bells import Bells
 from lessor_server.domain.errors import LessorServerError
 from lessor_server.sessions import convert
-from lessor_server.sessions.stream import AgentStream, Streams, StreamStuckError
+from lessor_server.sessions.stream import AgentStream, Streams
 from lessor_server.store.database import Database
 
 logger = logging.getLogger(__name__)
 
 Row: TypeAlias = Mapping[str, Any] | asyncpg.Record
+
+MAX_GRANTS_BYTES = 4 << 20
+"""Most bytes of grants in one message, but for a single larger one; an agent takes 16 MiB."""
 
 _POLL_S = 1.0
 _RESEND_S = 2.0
@@ -51,13 +54,19 @@ class Delivery:
             rows: As ``claim`` and ``read_deliveries`` return them.
             now_s: Loop time.
         """
-        messages: dict[int, pb.Grants] = {}
+        messages: dict[int, tuple[pb.Grants, int]] = {}
         for row in rows:
             stream = self._streams.get(row["session_id"])
-            if stream is not None and _due(stream, row["lease_id"], 0, now_s):
-                message = messages.setdefault(stream.session_id, pb.Grants(epoch=stream.epoch))
-                message.grants.append(convert.grant(row))
-        for session_id, message in messages.items():
+            if stream is None or not _due(stream, row["lease_id"], 0, now_s):
+                continue
+            grant = convert.grant(row)
+            message, size = messages.get(stream.session_id, (pb.Grants(epoch=stream.epoch), 0))
+            if size + grant.ByteSize() > MAX_GRANTS_BYTES and size:
+                self._send(stream.session_id, pb.ConnectResponse(grants=message))
+                message, size = pb.Grants(epoch=stream.epoch), 0
+            message.grants.append(grant)
+            messages[stream.session_id] = (message, size + grant.ByteSize())
+        for session_id, (message, _) in messages.items():
             self._send(session_id, pb.ConnectResponse(grants=message))
 
     def revokes(
@@ -75,13 +84,8 @@ class Delivery:
 
     def _send(self, session_id: int, message: pb.ConnectResponse) -> None:
         stream = self._streams.get(session_id)
-        if stream is None:
-            return
-        try:
+        if stream is not None:
             stream.send(message)
-        except StreamStuckError:
-            logger.warning("an agent does not read its stream", extra={"event": "stuck", "agent_id": stream.agent_id})
-            stream.closing = True
 
     async def run(self) -> None:
         """Delivers until cancelled."""

@@ -23,7 +23,7 @@ from lessor_server.sessions import convert
 from lessor_server.sessions.commits import AgentCommits, Renewal
 from lessor_server.sessions.delivery import Delivery
 from lessor_server.sessions.readings import GpuReadings
-from lessor_server.sessions.stream import AgentStream, Streams, StreamStuckError
+from lessor_server.sessions.stream import AgentStream, Streams
 from lessor_server.store.database import Database
 from lessor_server.store.hello import commit_session, take_standing
 from lessor_server.store.logs import Position
@@ -32,6 +32,8 @@ from lessor_server.store.reports import Report, Verdict
 logger = logging.getLogger(__name__)
 
 MAX_UNACKED_LOG_BYTES = 4 << 20
+MAX_UNANSWERED_LOG_BYTES = 2 * MAX_UNACKED_LOG_BYTES
+"""An agent that sends more than it was told it may, or the same again and again, is not let into our memory."""
 _HELLO_TIMEOUT_S = 10.0
 
 T = TypeVar("T")
@@ -76,11 +78,13 @@ class AgentServicer(agent_service_pb2_grpc.AgentServiceServicer):
         writer = asyncio.create_task(self._write(stream, context), name=f"agent-writer-{stream.peer}")
         reader = asyncio.create_task(self._read(stream, request_iterator), name=f"agent-reader-{stream.peer}")
         try:
-            done, _ = await asyncio.wait({writer, reader}, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        except StreamStuckError as error:
-            raise ProtocolViolation(stream.agent_name, f"does not read its stream: {error}") from None
+            ends: set[asyncio.Future[Any]] = {writer, reader, stream.given_up}
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for end in done - {stream.given_up}:
+                end.result()
+            if stream.given_up.done():
+                fields = {"event": "given_up", "agent_id": stream.agent_id, "reason": stream.given_up.result()}
+                logger.warning("an agent's stream is given up", extra=fields)
         finally:
             self._open.discard(stream)
             if not self._open:
@@ -96,8 +100,7 @@ class AgentServicer(agent_service_pb2_grpc.AgentServiceServicer):
         self._stopping = True
         message = pb.ConnectResponse(reconnect=pb.Reconnect(reason="this server is stopping"))
         for stream in list(self._open):
-            if not stream.closing:
-                stream.send(message)
+            stream.send(message)
 
     async def ended(self, timeout_s: float) -> None:
         """Waits until all streams have ended, at most ``timeout_s`` seconds."""
@@ -105,7 +108,7 @@ class AgentServicer(agent_service_pb2_grpc.AgentServiceServicer):
             await asyncio.wait_for(self._all_ended.wait(), timeout_s)
 
     async def _write(self, stream: AgentStream, context: Context) -> None:
-        while not stream.closing:
+        while True:
             for message in await stream.next_messages():
                 await context.write(message)
 
@@ -158,8 +161,7 @@ class AgentServicer(agent_service_pb2_grpc.AgentServiceServicer):
         stream.begin_session(session.session_id, session.epoch)
         replaced = self._streams.put(stream)
         if replaced is not None:
-            replaced.closing = True
-            replaced.ack_events([])
+            replaced.give_up("the agent has connected again")
         answers = [
             pb.LeaseAnswer(lease_id=a.lease_id, decision=a.decision, log=convert.log_position(a.log))
             for a in standing.answers
@@ -242,7 +244,20 @@ class AgentServicer(agent_service_pb2_grpc.AgentServiceServicer):
 
     def _logs(self, stream: AgentStream, message: pb.LogChunks) -> None:
         for chunk in message.chunks:
-            _then(self._commits.logs.submit(convert.chunk(chunk, stream.agent_id)), _acker(stream))
+            if stream.unanswered_log_bytes > MAX_UNANSWERED_LOG_BYTES:
+                # Left out: the agent sends again from what is acked.
+                return
+            stream.unanswered_log_bytes += len(chunk.data)
+            future = self._commits.logs.submit(convert.chunk(chunk, stream.agent_id))
+            future.add_done_callback(_answered(stream, len(chunk.data)))
+            _then(future, _acker(stream))
+
+
+def _answered(stream: AgentStream, size: int) -> Callable[[asyncio.Future[Position]], None]:
+    def done(_: asyncio.Future[Position]) -> None:
+        stream.unanswered_log_bytes -= size
+
+    return done
 
 
 def _acker(stream: AgentStream) -> Callable[[Position], None]:

@@ -12,10 +12,6 @@ MAX_WAITING = 1000
 """Grants, revokes and other messages waiting to be sent; a stream that is not read is given up."""
 
 
-class StreamStuckError(Exception):
-    """The agent does not read its stream."""
-
-
 class AgentStream:
     """What is waiting to be sent on one stream, and what its agent last said.
 
@@ -35,7 +31,10 @@ class AgentStream:
         """lease_id → heartbeats since the database and the agent first differed on it."""
         self.told: dict[tuple[int, int], float] = {}
         """(lease_id, revoke reason; 0: a grant) → when it was last sent, loop time."""
-        self.closing = False
+        self.given_up: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """Done once the stream is to end, with the reason."""
+        self.unanswered_log_bytes = 0
+        """Log bytes taken from the stream and not answered yet."""
         self._waiting: deque[pb.ConnectResponse] = deque()
         self._heartbeat_seq = 0
         self._event_seqs: list[int] = []
@@ -43,15 +42,17 @@ class AgentStream:
         self._something = asyncio.Event()
 
     def send(self, message: pb.ConnectResponse) -> None:
-        """Queues a message.
-
-        Raises:
-            StreamStuckError: Too many wait: the agent does not read.
-        """
+        """Queues a message. When too many wait the agent does not read: the stream is given up."""
         if len(self._waiting) >= MAX_WAITING:
-            raise StreamStuckError(f"{MAX_WAITING} messages wait to be sent")
-        self._waiting.append(message)
-        self._something.set()
+            self.give_up("it does not read its stream")
+        else:
+            self._waiting.append(message)
+            self._something.set()
+
+    def give_up(self, reason: str) -> None:
+        """Ends the stream, even while a write of it hangs; leases stand and the agent connects again."""
+        if not self.given_up.done():
+            self.given_up.set_result(reason)
 
     def ack_heartbeat(self, seq: int) -> None:
         """Says that the renewal of this heartbeat is committed."""

@@ -38,6 +38,12 @@ SESSION_SETTINGS = {
     "plan_cache_mode": "force_generic_plan",
 }
 
+VITAL = frozenset({"tick", "read_leader", "take_over", "renew_term", "resign", "renew", "claim", "expire"})
+"""Statements that keep leases alive. They have connections of their own, so that
+no burst of requests makes them wait: a late renewal ends a healthy job."""
+
+VITAL_CONNECTIONS = 4
+
 # A connection that is gone, a server that stops or starts, or a standby.
 _UNAVAILABLE = (
     OSError,
@@ -51,6 +57,14 @@ _UNAVAILABLE = (
     asyncpg.ReadOnlySQLTransactionError,
     asyncpg.LockNotAvailableError,
     asyncpg.IdleInTransactionSessionTimeoutError,
+    # Cancelled by an operator or a timeout of the role; out of disk, memory or
+    # connections; an I/O error; a password that was changed. None of it is the
+    # statement's fault, and all of it may pass.
+    asyncpg.QueryCanceledError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.PostgresSystemError,
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InternalClientError,
 )
 # A statement that Postgres gave up for another's sake: run it again.
 _RETRY = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
@@ -84,6 +98,29 @@ async def _read_json(connection: asyncpg.Connection) -> None:
     await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=str, decoder=json.loads)
 
 
+async def _open_pool(url: str, size: int) -> asyncpg.Pool:
+    """Opens a pool of at most ``size`` connections.
+
+    Raises:
+        DatabaseUnavailable: Nobody answers there, or it refuses us.
+    """
+    try:
+        return await asyncpg.create_pool(
+            url,
+            min_size=2,
+            max_size=size,
+            max_inactive_connection_lifetime=300,
+            server_settings=SESSION_SETTINGS,
+            timeout=5,
+            command_timeout=60,
+            init=_read_json,
+        )
+    except _UNAVAILABLE as error:
+        raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
+    except asyncpg.PostgresError as error:
+        raise DatabaseUnavailable(str(error)) from error
+
+
 class Statements(Protocol):
     """Runs the statements of ``sql/``: each in its own transaction, or all in one."""
 
@@ -94,9 +131,10 @@ class Statements(Protocol):
 class Database:
     """The pools of one server process. Made by :meth:`connect`, ended by :meth:`close`."""
 
-    def __init__(self, url: str, pool: asyncpg.Pool, engine: AsyncEngine) -> None:
+    def __init__(self, url: str, pool: asyncpg.Pool, vital: asyncpg.Pool, engine: AsyncEngine) -> None:
         self.url = url
         self.pool = pool
+        self._vital = vital
         self._engine = engine
 
     @classmethod
@@ -108,21 +146,12 @@ class Database:
             DatabaseUnavailable: Nobody answers there, or it refuses us.
         """
         url = plain_url(url)
+        pool = await _open_pool(url, pool_size)
         try:
-            pool = await asyncpg.create_pool(
-                url,
-                min_size=2,
-                max_size=pool_size,
-                max_inactive_connection_lifetime=300,
-                server_settings=SESSION_SETTINGS,
-                timeout=5,
-                command_timeout=60,
-                init=_read_json,
-            )
-        except _UNAVAILABLE as error:
-            raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
-        except asyncpg.PostgresError as error:
-            raise DatabaseUnavailable(str(error)) from error
+            vital = await _open_pool(url, VITAL_CONNECTIONS)
+        except BaseException:
+            pool.terminate()
+            raise
         engine = create_async_engine(
             sqlalchemy_url(url),
             pool_size=pool_size,
@@ -131,14 +160,15 @@ class Database:
             pool_recycle=300,
             connect_args={"server_settings": SESSION_SETTINGS, "timeout": 5, "command_timeout": 60},
         )
-        return cls(url, pool, engine)
+        return cls(url, pool, vital, engine)
 
     async def close(self) -> None:
         """Closes the pools; statements under way are waited for, at most 5 s."""
-        try:
-            await asyncio.wait_for(self.pool.close(), 5)
-        except TimeoutError:
-            self.pool.terminate()
+        for pool in (self.pool, self._vital):
+            try:
+                await asyncio.wait_for(pool.close(), 5)
+            except TimeoutError:
+                pool.terminate()
         await self._engine.dispose()
 
     async def fetch(self, name: str, /, **values: Any) -> list[asyncpg.Record]:
@@ -153,8 +183,10 @@ class Database:
         query = statement(name)
         arguments = query.arguments(values)
 
+        pool = self._vital if name in VITAL else self.pool
+
         async def run() -> list[asyncpg.Record]:
-            return await self.pool.fetch(query.text, *arguments)
+            return await pool.fetch(query.text, *arguments)
 
         return await guarded(run)
 

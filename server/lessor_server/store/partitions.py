@@ -118,19 +118,22 @@ async def expired_partitions(
     """Returns the days that ended longer than ``keep`` ago and that nothing points into.
 
     Each is the (table, partition) pairs of tables that belong together, in the order to drop them.
-
     A day is kept while a job of it waits or runs, or a dedupe key names a job
-    of it; logs are kept while a lease of their day stands.
+    of it; logs are kept while a lease of their day stands. A partition whose
+    drop was cut short is listed again, detached or not.
     """
     now = now or await connection.fetchval("SELECT now()")
     oldest_kept = day_of(now - keep)
     found = []
     for tables, live in ((BY_JOB, _LIVE_JOBS), (BY_LEASE, _LIVE_LEASES)):
-        days = await _days(connection, tables[0])
-        for day in days:
+        days: dict[int, list[tuple[str, str]]] = {}
+        for table in tables:
+            for day in await _days(connection, table):
+                days.setdefault(day, []).append((table, partition_name(table, day)))
+        for day in sorted(days):
             low, high = job_bounds(day) if tables is BY_JOB else lease_bounds(day)
             if day < oldest_kept and not await connection.fetchval(live, low, high):
-                found.append([(table, partition_name(table, day)) for table in tables])
+                found.append(days[day])
     return found
 
 
@@ -144,9 +147,10 @@ _LIVE_LEASES = "SELECT EXISTS (SELECT FROM lease WHERE lease_id >= $1 AND lease_
 
 
 async def _days(connection: asyncpg.Connection | Any, table: str) -> list[int]:
+    """Returns the days a table has partitions of, found by name: one that is detached and not dropped counts."""
     rows = await connection.fetch(
-        "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid "
-        "WHERE i.inhparent = to_regclass($1) ORDER BY c.relname",
+        "SELECT relname FROM pg_class WHERE relkind = 'r' AND relnamespace = current_schema()::regnamespace "
+        "AND relname ~ ('^' || $1 || '_[0-9]{8}$') ORDER BY relname",
         table,
     )
     dates = [datetime.strptime(row["relname"].rsplit("_", 1)[1], "%Y%m%d").replace(tzinfo=UTC) for row in rows]
@@ -161,6 +165,14 @@ async def drop_partition(connection: asyncpg.Connection | Any, table: str, parti
     """
     await connection.execute("SET lock_timeout = '2s'")
     try:
+        # One of this table whose detach was cut short stands in the way of any other.
+        for row in await connection.fetch(
+            "SELECT inhrelid::regclass::text AS name FROM pg_inherits "
+            "WHERE inhparent = to_regclass($1) AND inhdetachpending AND inhrelid <> to_regclass($2)",
+            table,
+            partition,
+        ):
+            await connection.execute(f"ALTER TABLE {table} DETACH PARTITION {row['name']} FINALIZE")
         pending = await connection.fetchval(
             "SELECT inhdetachpending FROM pg_inherits WHERE inhrelid = to_regclass($1)", partition
         )

@@ -85,6 +85,14 @@ class Report:
         return self.job_number, self.lease_id
 
 
+def report_bytes(report: Report) -> int:
+    """Returns about how many bytes a report adds to a batch."""
+    event = report.event
+    if isinstance(event, End):
+        return 256 + len(event.error or b"") + len(event.result or b"")
+    return 256 + (len(event.cursor) if isinstance(event, Checkpoint) else 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Committed:
     """What a batch did."""

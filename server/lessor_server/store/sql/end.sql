@@ -8,6 +8,7 @@ WITH held AS MATERIALIZED (
         l.failures, l.losses, l.max_failures, l.max_losses, l.backoff_initial_ms, l.backoff_max_ms,
         l.cancel_requested, l.deduped, l.granted_at,
         COALESCE(i.outcome, CASE WHEN l.phase = 1 THEN 8 ELSE 6 END::smallint) AS outcome,
+        i.outcome IS NULL AND l.phase > 1 AS cut_off,
         i.exit_code, i.signal, i.error, i.retryable, i.result, i.final_log_offset,
         COALESCE(l.started_at, i.started_at) AS started_at, i.ended_at, i.jitter
     FROM unnest(
@@ -31,7 +32,10 @@ logged AS MATERIALIZED (
     LEFT JOIN log_head AS g ON g.lease_id = h.lease_id
 ),
 closing AS MATERIALIZED (
-    SELECT *, CAST(NULL AS bigint) AS logs_truncated_at FROM logged WHERE log_bytes >= final_log_offset
+    -- A lease given back after it may have run: nobody has the rest of its log.
+    SELECT *, CASE WHEN cut_off THEN log_bytes END AS logs_truncated_at
+    FROM logged
+    WHERE log_bytes >= final_log_offset
 ),
 freeing AS (
     SELECT lease_id FROM held WHERE gpu_uuids <> '{}'
