@@ -50,7 +50,8 @@ def read_job_file(path: str | Path) -> list[JobSpec]:
         InvalidJobFile: It cannot be read, is no YAML or JSON, or a job in it is
             wrong; the message names file, line, field, value and what to do.
     """
-    name = str(path)
+    # A name need not be Unicode: what messages show of it has to be.
+    name = str(path).encode(errors="backslashreplace").decode()
     try:
         if name == STANDARD_INPUT:
             name = "standard input"

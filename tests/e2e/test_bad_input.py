@@ -87,7 +87,7 @@ async def shell(cluster: Cluster, pool: asyncpg.Pool) -> Shell:
 async def test_bad_flags_of_submit_and_run(shell: Shell) -> None:
     cases: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
         (("--gpus", "-1", *TRUE), ("--gpus", "-1", "0 or more")),
-        (("--gpus", "two", *TRUE), ("--gpus", "integer", "--help")),
+        (("--gpus", "two", *TRUE), ("--gpus", "two", "integer", "--help")),
         (("--gpus", "2000", *TRUE), ("gpu", "1024")),
         (("--memory", "4 apples", *TRUE), ("--memory", "4 apples", "GiB")),
         (("--selector", "zone ==== a", *TRUE), ("--selector", "zone ==== a", "key=value")),
@@ -124,7 +124,7 @@ async def test_bad_job_files(shell: Shell, tmp_path: Path) -> None:
         "huge_env.yaml": (f"command: [a]\nenv:\n  A: {huge}", ("huge_env.yaml", "67108864", "split")),
         "long_env.json": (
             f'{{"command": ["a"], "env": {{"A": "{huge[:20_000_000]}"}}}}',
-            ("20000072", "16777216", "file"),
+            ("the request", "20000072", "limit of 16777216", "file"),
         ),
         "argv.json": (f'{{"command": ["a", "{huge[:5_000_000]}"]}}', ("131072",)),
         "many.json": ('[{"command": ["a"]}, {"command": ["a"], "gpus": -1}]', ("many.json", "job 2", "-1")),

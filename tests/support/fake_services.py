@@ -426,7 +426,7 @@ class FakeServer(FakeWorld, job_service_pb2_grpc.JobServiceServicer, fleet_servi
         self.stopped = False
         self._server = grpc.server(
             futures.ThreadPoolExecutor(32),
-            options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 * 2**20)],
+            options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 16 * 2**20)],
         )
         job_service_pb2_grpc.add_JobServiceServicer_to_server(self, self._server)
         fleet_service_pb2_grpc.add_FleetServiceServicer_to_server(self, self._server)

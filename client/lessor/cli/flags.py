@@ -156,8 +156,8 @@ def _pairs(flag: str, texts: list[str], *, from_environment: bool) -> dict[str, 
 
 
 def _flag_of(field: str) -> str:
-    """Returns the flag that gives ``field`` (``memory``, ``selectors[0]``, ``env.X``)."""
+    """Returns the flag that gives ``field`` (``memory``, ``selectors[0]``, ``env.X``), or which word of CMD."""
     base = field.partition("[")[0].partition(".")[0]
     if base == "command":
-        return "CMD"
+        return "CMD" + field.removeprefix("command").replace("[0]", "")
     return "--" + _FLAG_OF.get(base, base).replace("_", "-")

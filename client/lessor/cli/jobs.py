@@ -324,10 +324,13 @@ def _state(text: str) -> JobState:
 def _since(text: str | None) -> datetime | None:
     if text is None:
         return None
-    with suppress(InvalidArgument):
-        return datetime.now(UTC) - parse_duration(text)
-    with suppress(ValueError):
-        return datetime.fromisoformat(text).astimezone()
+    try:
+        with suppress(InvalidArgument):
+            return datetime.now(UTC) - parse_duration(text)
+        with suppress(ValueError):
+            return datetime.fromisoformat(text).astimezone(UTC)
+    except OverflowError:
+        raise InvalidArgument(violations={"--since": f"{text!r} is before the year 1"}, remedy="leave it out") from None
     raise InvalidArgument(
         violations={"--since": f"{text!r} is neither a duration nor a time"}, remedy="write 2h or 2026-05-01T12:00Z"
     )

@@ -8,7 +8,6 @@ run`` exits with the job's own exit code.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from lessor import __version__
-from lessor.cli import external, fleet, jobs, queues, run
+from lessor.cli import external, fleet, jobs, queues, run, streams
 from lessor.cli.follow import INTERRUPTED
 from lessor.cli.output import Output, one_line
 from lessor.cli.session import Address, Globals, Json
@@ -63,7 +62,19 @@ class LessorGroup(TyperGroup):
     ) -> Any:
         """Runs the command line ``args`` (default: the process's) and exits with its code."""
         argv = list(sys.argv[1:] if args is None else args)
-        code = self._run(argv, prog_name or "lessor", complete_var, windows_expand_args, extra)
+        try:
+            code = self._run(argv, prog_name or "lessor", complete_var, windows_expand_args, extra)
+            # Here and not at exit, where Python's own flush would print a traceback.
+            sys.stdout.flush()
+        except BrokenPipeError:
+            streams.discard(sys.stdout)
+            code = EXIT_PIPE
+        except OSError as error:
+            if not streams.is_full(error):
+                raise
+            streams.discard(sys.stdout)
+            streams.complain(f"error: the output cannot be written: {error.strerror}")
+            code = EXIT_ERROR
         if not standalone_mode:
             return code
         sys.exit(code)
@@ -85,12 +96,12 @@ class LessorGroup(TyperGroup):
             )
             return result if isinstance(result, int) else 0
         except LessorError as error:
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            streams.complain(f"error: {one_line(error)}")
             return exit_code_of(error)
         except _UsageFault as error:
             return _usage(error)
         except (KeyboardInterrupt, typer.Abort):
-            print("interrupted", file=sys.stderr)
+            streams.complain("interrupted")
             return INTERRUPTED
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
@@ -100,10 +111,10 @@ class LessorGroup(TyperGroup):
             sys.stdout.flush()
         except BrokenPipeError:
             # A second write at exit must not complain either.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            streams.discard(sys.stdout)
             raise typer.Exit(EXIT_PIPE) from None
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            streams.complain("interrupted")
             raise typer.Exit(INTERRUPTED) from None
         return result
 
@@ -142,8 +153,17 @@ def _usage(error: Exception) -> int:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "lessor"
     message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
-    print(f"error: {one_line(message)} (see `{path} --help`)", file=sys.stderr)
+    streams.complain(f"error: {one_line(message)}{_value_given(error)} (see `{path} --help`)")
     return EXIT_USAGE
+
+
+def _value_given(error: Exception) -> str:
+    """Returns ``, not 'two'`` for a value that typer checked with pydantic, whose message leaves the value out."""
+    errors = getattr(error.__cause__, "errors", None)
+    if errors is None:
+        return ""
+    shown = repr(errors()[0]["input"])
+    return f", not {shown if len(shown) <= 100 else shown[:97] + '...'}"
 
 
 app = typer.Typer(
@@ -204,5 +224,6 @@ app.command()(version)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``lessor`` with ``argv`` (default: the process's) and returns the exit code."""
+    streams.open_missing()
     code = typer.main.get_command(app).main(args=argv, prog_name="lessor", standalone_mode=False)
     return code if isinstance(code, int) else 0

@@ -11,6 +11,7 @@ from typing import Protocol, Self, TypeAlias, Unpack
 
 from lessor.address import resolve_address
 from lessor.errors import InvalidArgument, LessorError, QueueExists
+from lessor.sdk.checks import int32, int64, text, texts
 from lessor.sdk.connection import Connection, Patience
 from lessor.sdk.enums import CancelResult, JobState, from_number
 from lessor.sdk.fleet import Agent, Gpu, Lease, Queue
@@ -115,7 +116,7 @@ class AsyncClient:
             TooLarge: The spec is larger than the server takes.
         """
         request = job_service_pb2.SubmitJobRequest(
-            request_id=request_id or str(uuid.uuid4()), spec=_spec(job, job_fields).to_proto()
+            request_id=_request_id(request_id), spec=_spec(job, job_fields).to_proto()
         )
         response = await self._connection.call(self._connection.jobs.SubmitJob, request)
         return Submission(response.job_id, response.existing)
@@ -130,7 +131,7 @@ class AsyncClient:
             QueueNotFound: One of their queues does not exist.
         """
         request = job_service_pb2.SubmitJobsRequest(
-            request_id=request_id or str(uuid.uuid4()), specs=[_spec(job, {}).to_proto() for job in jobs]
+            request_id=_request_id(request_id), specs=[_spec(job, {}).to_proto() for job in jobs]
         )
         response = await self._connection.call(self._connection.jobs.SubmitJobs, request)
         return [Submission(job_id, response.existing) for job_id in response.job_ids]
@@ -171,11 +172,12 @@ class AsyncClient:
         """
         request = job_service_pb2.ListJobsRequest(
             states=[job_pb2.JobState.ValueType(state) for state in states],
-            queue=queue,
-            labels=labels or {},
-            name=name,
-            submitted_after=time_message(submitted_after),
-            submitted_before=time_message(submitted_before),
+            queue=text("queue", queue),
+            labels=texts("labels", labels),
+            name=text("name", name),
+            submitted_after=time_message(submitted_after, field="submitted_after"),
+            submitted_before=time_message(submitted_before, field="submitted_before"),
+            page_size=int32("page_size", page_size),
         )
         left = limit
         while left is None or left > 0:
@@ -216,9 +218,9 @@ class AsyncClient:
         """
         request = job_service_pb2.WatchJobsRequest(
             job_ids=job_ids_of(jobs),
-            queue=queue,
-            labels=labels or {},
-            cursor=cursor,
+            queue=text("queue", queue),
+            labels=texts("labels", labels),
+            cursor=text("cursor", cursor),
             include_progress=include_progress,
         )
         changes = watch_changes(self._connection, request)
@@ -239,7 +241,8 @@ class AsyncClient:
 
         Args:
             jobs: One job or many.
-            timeout: Give up after so long. Default: never.
+            timeout: Give up after so long, but not before each job was looked at
+                once: 0 tells which have ended. Default: never.
             recheck: Without news for so long, ask for the jobs anyway.
 
         Raises:
@@ -273,7 +276,11 @@ class AsyncClient:
             AttemptNotFound: It has no such attempt.
         """
         request = job_service_pb2.StreamLogsRequest(
-            job_id=job_id_of(job), attempt=attempt, offset=offset, tail_lines=tail, follow=follow
+            job_id=job_id_of(job),
+            attempt=int32("attempt", attempt),
+            offset=int64("offset", offset),
+            tail_lines=int32("tail", tail),
+            follow=follow,
         )
         chunks = stream_logs(self._connection, request)
         try:
@@ -314,7 +321,7 @@ class AsyncClient:
             JobNotFound: No such job.
             JobNotTerminal: It has not ended yet.
         """
-        request = job_service_pb2.RetryJobRequest(job_id=job_id_of(job), request_id=request_id or str(uuid.uuid4()))
+        request = job_service_pb2.RetryJobRequest(job_id=job_id_of(job), request_id=_request_id(request_id))
         response = await self._connection.call(self._connection.jobs.RetryJob, request)
         return Submission(response.job_id, existing=False)
 
@@ -339,7 +346,7 @@ class AsyncClient:
         Raises:
             AgentNotFound: No such agent.
         """
-        request = fleet_service_pb2.GetAgentRequest(agent=agent)
+        request = fleet_service_pb2.GetAgentRequest(agent=text("agent", agent))
         return Agent.from_proto((await self._connection.call(self._connection.fleet.GetAgent, request)).agent)
 
     async def gpus(self, agent: str = "") -> builtins.list[Gpu]:
@@ -348,7 +355,7 @@ class AsyncClient:
         Raises:
             AgentNotFound: No such agent.
         """
-        request = fleet_service_pb2.ListGpusRequest(agent=agent)
+        request = fleet_service_pb2.ListGpusRequest(agent=text("agent", agent))
         response = await self._connection.call(self._connection.fleet.ListGpus, request)
         return [Gpu.from_proto(gpu) for gpu in response.gpus]
 
@@ -358,7 +365,7 @@ class AsyncClient:
         Raises:
             AgentNotFound: No such agent.
         """
-        request = fleet_service_pb2.ListLeasesRequest(agent=agent, page_size=1000)
+        request = fleet_service_pb2.ListLeasesRequest(agent=text("agent", agent), page_size=1000)
         while True:
             page = await self._connection.call(self._connection.fleet.ListLeases, request)
             for lease in page.leases:
@@ -373,7 +380,7 @@ class AsyncClient:
         Raises:
             AgentNotFound: No such agent.
         """
-        request = fleet_service_pb2.DrainAgentRequest(agent=agent)
+        request = fleet_service_pb2.DrainAgentRequest(agent=text("agent", agent))
         return Agent.from_proto((await self._connection.call(self._connection.fleet.DrainAgent, request)).agent)
 
     async def undrain(self, agent: str) -> Agent:
@@ -382,7 +389,7 @@ class AsyncClient:
         Raises:
             AgentNotFound: No such agent.
         """
-        request = fleet_service_pb2.UndrainAgentRequest(agent=agent)
+        request = fleet_service_pb2.UndrainAgentRequest(agent=text("agent", agent))
         return Agent.from_proto((await self._connection.call(self._connection.fleet.UndrainAgent, request)).agent)
 
     async def queues(self) -> builtins.list[Queue]:
@@ -397,7 +404,7 @@ class AsyncClient:
         Raises:
             QueueNotFound: No such queue.
         """
-        request = fleet_service_pb2.GetQueueRequest(name=name)
+        request = fleet_service_pb2.GetQueueRequest(name=text("name", name))
         return Queue.from_proto((await self._connection.call(self._connection.fleet.GetQueue, request)).queue)
 
     async def create_queue(
@@ -410,7 +417,9 @@ class AsyncClient:
             InvalidArgument: The name or a limit is not allowed.
         """
         _check_limits(0, max_running=max_running, max_gpus=max_gpus)
-        queue = fleet_service_pb2.Queue(name=name, paused=paused, max_running=max_running, max_gpus=max_gpus)
+        queue = fleet_service_pb2.Queue(
+            name=text("name", name), paused=paused, max_running=max_running, max_gpus=max_gpus
+        )
 
         async def made_by_first_try(error: LessorError) -> fleet_service_pb2.CreateQueueResponse | None:
             if not isinstance(error, QueueExists):
@@ -439,7 +448,7 @@ class AsyncClient:
         """
         _check_limits(NO_LIMIT, max_running=max_running, max_gpus=max_gpus)
         request = fleet_service_pb2.UpdateQueueRequest(
-            name=name, paused=paused, max_running=max_running, max_gpus=max_gpus
+            name=text("name", name), paused=paused, max_running=max_running, max_gpus=max_gpus
         )
         return Queue.from_proto((await self._connection.call(self._connection.fleet.UpdateQueue, request)).queue)
 
@@ -449,7 +458,12 @@ def job_id_of(job: JobRef) -> str:
     job_id = job if isinstance(job, str) else job.id
     if not job_id:
         raise InvalidArgument(violations={"job": "is empty; give a job's id"})
-    return job_id
+    return text("job", job_id)
+
+
+def _request_id(given: str | None) -> str:
+    """Returns the request_id that was given, else a fresh one."""
+    return text("request_id", given) if given else str(uuid.uuid4())
 
 
 def job_ids_of(jobs: JobRef | Iterable[JobRef]) -> builtins.list[str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 from grpc import aio
 
@@ -172,30 +173,35 @@ async def wait_for_end(
 
     It watches: the first message of a watch tells where each job stands, so no
     end falls between. Every ``recheck`` without an end it also looks at some of
-    the jobs itself.
+    the jobs itself. Each job is looked at once before ``give_up_after`` counts;
+    that look may take as long as a call.
 
     Raises:
         JobNotFound: One of them does not exist.
         WaitTimeout: ``give_up_after`` passed; says which are still going.
     """
     ended: dict[str, Job] = {}
-    limit = asyncio.timeout(None if give_up_after is None else give_up_after.total_seconds())
     unique = list(dict.fromkeys(job_ids))
-    try:
-        async with limit:
-            for start in range(0, len(unique), MAX_WATCHED):
-                await _wait_for_some(connection, unique[start : start + MAX_WATCHED], get, ended, recheck)
-    except TimeoutError:
-        if not limit.expired():
-            raise
-        pending = [job_id for job_id in unique if job_id not in ended]
+    loop = asyncio.get_running_loop()
+    deadline = None if give_up_after is None else loop.time() + give_up_after.total_seconds()
+    for start in range(0, len(unique), MAX_WATCHED):
+        some = unique[start : start + MAX_WATCHED]
+        if deadline is None:
+            await _wait_for_some(connection, some, get, ended, recheck)
+            continue
+        limit = asyncio.timeout_at(max(deadline, loop.time() + connection.budget().total_seconds()))
+        with suppress(TimeoutError):
+            async with limit:
+                await _wait_for_some(connection, some, get, ended, recheck, partial(limit.reschedule, deadline))
+    pending = [job_id for job_id in unique if job_id not in ended]
+    if pending:
         shown = ", ".join(pending[:5]) + (f" and {len(pending) - 5} more" if len(pending) > 5 else "")
         patience = format_duration(give_up_after or timedelta(0))
         raise WaitTimeout(
             f"{len(pending)} of {len(unique)} jobs had not ended within {patience}: {shown}",
             pending=pending,
             ended=[ended[job_id] for job_id in unique if job_id in ended],
-        ) from None
+        )
     return [ended[job_id] for job_id in job_ids]
 
 
@@ -205,7 +211,9 @@ async def _wait_for_some(
     get: Callable[[str], Awaitable[Job]],
     ended: dict[str, Job],
     recheck: timedelta,
+    looked: Callable[[], None] | None = None,
 ) -> None:
+    """Adds the jobs to ``ended`` as they end; calls ``looked`` once it has seen where each of them stands."""
     pending = dict.fromkeys(job_ids)
     slots = asyncio.Semaphore(_AT_ONCE)
 
@@ -242,6 +250,8 @@ async def _wait_for_some(
                     told = {change.job_id for change in batch}
                     await look_at_all([job_id for job_id in pending if job_id not in told])
                     first = False
+                    if pending and looked is not None:
+                        looked()
             else:
                 some = list(pending)[:_RECHECKED]
                 for job_id in some:

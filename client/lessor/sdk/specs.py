@@ -16,6 +16,7 @@ from typing import Any, TypeAlias, TypedDict, Unpack
 
 from lessor import units
 from lessor.errors import InvalidArgument
+from lessor.sdk.checks import INT32_MAX, INT64_MAX, check_integer, check_mapping, check_text, refuse
 from lessor.sdk.selectors import LabelSelector, SelectorOperator
 from lessor.sdk.wire import JsonValue, duration_message, duration_of
 from lessor.v1 import job_pb2
@@ -162,7 +163,7 @@ class JobSpec:
                 except InvalidArgument as error:
                     violations.update(error.violations)
                     remedy = error.remedy
-        if "command" not in violations and "argv" not in attributes:
+        if values.get("command") is None:
             violations["command"] = 'is missing; give a list like ["python", "train.py"]'
         if violations:
             raise InvalidArgument(violations=violations, remedy=remedy if len(violations) == 1 else "")
@@ -255,26 +256,8 @@ class _Field:
     check: Callable[[str, Any], None]
 
 
-def _refuse(key: str, value: object, why: str, remedy: str = "") -> InvalidArgument:
-    shown = repr(value)
-    if len(shown) > 100:
-        shown = shown[:97] + "..."
-    return InvalidArgument(violations={key: f"{shown} {why}"}, remedy=remedy)
-
-
-def _check_text(key: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise _refuse(key, value, f"is a {type(value).__name__}; give a text")
-    if "\0" in value:
-        raise _refuse(key, value, "contains a NUL character, which cannot be stored")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise _refuse(key, value, "is not valid Unicode (a lone surrogate)") from None
-
-
 def _parse_text(key: str, value: object) -> str:
-    _check_text(key, value)
+    check_text(key, value)
     return str(value)
 
 
@@ -282,38 +265,14 @@ def _parse_path(key: str, value: object) -> str:
     return _parse_text(key, os.fspath(value) if isinstance(value, os.PathLike) else value)
 
 
-def _check_mapping(key: str, value: object) -> None:
-    if not isinstance(value, Mapping):
-        raise _refuse(key, value, f"is a {type(value).__name__}; give names and values")
-    for name, text in value.items():
-        _check_text(key, name)
-        if not isinstance(text, str):
-            raise _refuse(f"{key}.{name}", text, f"is a {type(text).__name__}; give a text (in quotes)")
-        _check_text(f"{key}.{name}", text)
-
-
 def _parse_mapping(key: str, value: Any) -> dict[str, str]:
-    _check_mapping(key, value)
+    check_mapping(key, value)
     return dict(value)
 
 
-def _check_integer(low: int, high: int) -> Callable[[str, object], None]:
-    def check(key: str, value: object) -> None:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise _refuse(key, value, f"is a {type(value).__name__}; give a whole number")
-        if value < low:
-            raise _refuse(key, value, "is negative; give 0 or more" if low == 0 else f"is less than {low}")
-        if value > high:
-            raise _refuse(key, value, f"is more than {high}")
-
-    return check
-
-
-_INT32 = 2**31 - 1
-_INT64 = 2**63 - 1
-_check_count = _check_integer(0, _INT32)
-_check_priority = _check_integer(-_INT32, _INT32)
-_check_size = _check_integer(0, _INT64)
+_check_count = check_integer(0, INT32_MAX)
+_check_priority = check_integer(-INT32_MAX, INT32_MAX)
+_check_size = check_integer(0, INT64_MAX)
 
 
 def _parse_with(check: Callable[[str, object], None]) -> Callable[[str, Any], Any]:
@@ -333,16 +292,16 @@ def _check_duration(key: str, value: object) -> None:
     if value is None:
         return
     if not isinstance(value, timedelta):
-        raise _refuse(key, value, f"is a {type(value).__name__}; give a timedelta")
+        raise refuse(key, value, f"is a {type(value).__name__}; give a timedelta")
     if value < timedelta(0):
-        raise _refuse(key, value, "is negative")
+        raise refuse(key, value, "is negative")
 
 
 def _check_argv(key: str, value: object) -> None:
     if not isinstance(value, tuple):
-        raise _refuse(key, value, f"is a {type(value).__name__}; give a tuple of texts, or use JobSpec.of")
+        raise refuse(key, value, f"is a {type(value).__name__}; give a tuple of texts, or use JobSpec.of")
     for index, text in enumerate(value):
-        _check_text(f"{key}[{index}]", text)
+        check_text(f"{key}[{index}]", text)
 
 
 _SHELL_WORDS = frozenset({"|", "||", "&&", "&", ";", "<", ">", ">>", "2>", "2>&1"})
@@ -353,34 +312,34 @@ def _parse_argv(key: str, value: Any) -> tuple[str, ...]:
         try:
             words = tuple(shlex.split(value))
         except ValueError as error:
-            raise _refuse(key, value, f"cannot be split into words: {error}", "give a list of texts") from None
+            raise refuse(key, value, f"cannot be split into words: {error}", "give a list of texts") from None
         if found := _SHELL_WORDS.intersection(words):
-            raise _refuse(
+            raise refuse(
                 key, value, f"needs a shell for {sorted(found)[0]!r}", 'give ["sh", "-c", "…"] to run it in one'
             )
     elif isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         words = tuple(os.fspath(word) if isinstance(word, os.PathLike) else word for word in value)
     else:
-        raise _refuse(key, value, f"is a {type(value).__name__}; give a list of texts")
+        raise refuse(key, value, f"is a {type(value).__name__}; give a list of texts")
     if not words or not words[0]:
-        raise _refuse(key, list(words), 'names no program; give a list like ["python", "train.py"]')
+        raise refuse(key, list(words), 'names no program; give a list like ["python", "train.py"]')
     _check_argv(key, words)
     return words
 
 
 def _check_selectors(key: str, value: object) -> None:
     if not isinstance(value, tuple):
-        raise _refuse(key, value, f"is a {type(value).__name__}; give a tuple of LabelSelectors")
+        raise refuse(key, value, f"is a {type(value).__name__}; give a tuple of LabelSelectors")
     for index, selector in enumerate(value):
         if not isinstance(selector, LabelSelector):
-            raise _refuse(f"{key}[{index}]", selector, "is no LabelSelector; lessor.units.parse_selector makes one")
+            raise refuse(f"{key}[{index}]", selector, "is no LabelSelector; lessor.units.parse_selector makes one")
         for text in (selector.key, *selector.values):
-            _check_text(f"{key}[{index}]", text)
+            check_text(f"{key}[{index}]", text)
 
 
 def _parse_selectors(key: str, value: Any) -> tuple[LabelSelector, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise _refuse(key, value, f"is a {type(value).__name__}; give a list of selectors")
+        raise refuse(key, value, f"is a {type(value).__name__}; give a list of selectors")
     return tuple(_parse_selector(f"{key}[{index}]", item) for index, item in enumerate(value))
 
 
@@ -392,10 +351,10 @@ def _parse_selector(key: str, value: Any) -> LabelSelector:
             operator = SelectorOperator[str(value.get("operator", "exists")).upper()]
         except KeyError:
             words = ", ".join(member.name.lower() for member in SelectorOperator)
-            raise _refuse(f"{key}.operator", value["operator"], f"is not one of {words}") from None
+            raise refuse(f"{key}.operator", value["operator"], f"is not one of {words}") from None
         values = value.get("values", ())
         if isinstance(values, str) or not isinstance(values, Sequence):
-            raise _refuse(f"{key}.values", values, "is not a list")
+            raise refuse(f"{key}.values", values, "is not a list")
         return LabelSelector(_parse_text(f"{key}.key", value.get("key", "")), operator, tuple(values))
     return units.parse_selector(value, field=key)
 
@@ -421,11 +380,11 @@ def _same(value: Any) -> JsonValue:
 
 
 def _text(key: str) -> _Field:
-    return _Field(key, key, _parse_text, _same, _check_text)
+    return _Field(key, key, _parse_text, _same, check_text)
 
 
 def _mapping(key: str) -> _Field:
-    return _Field(key, key, _parse_mapping, dict, _check_mapping)
+    return _Field(key, key, _parse_mapping, dict, check_mapping)
 
 
 def _count(key: str) -> _Field:
@@ -457,7 +416,7 @@ _FIELDS = (
     _mapping("labels"),
     _text("runtime"),
     _mapping("env"),
-    _Field("working_dir", "working_dir", _parse_path, _same, _check_text),
+    _Field("working_dir", "working_dir", _parse_path, _same, check_text),
     _text("user"),
     _Field("cpu", "cpu_millis", _parse_cpu, units.format_cpu, _check_optional_size),
     _size("memory", "memory_bytes"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import cast
@@ -24,6 +25,7 @@ from lessor.errors import (
     ServerUnreachable,
     TooLarge,
 )
+from lessor.units import format_bytes
 
 DOMAIN = "lessor"
 """Of the ErrorInfo whose reasons are ours."""
@@ -56,6 +58,8 @@ def error_from(error: aio.AioRpcError, address: str) -> LessorError:
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in BY_REASON:
             return _make(BY_REASON[info.reason], error, violations, dict(info.metadata))
     kind = _BY_CODE.get(error.code())
+    if kind is TooLarge and (sizes := _OVER_LIMIT.search(error.details() or "")):
+        return _over_limit(answer=sizes[1] == "CLIENT", size=int(sizes[2]), limit=int(sizes[3]))
     if kind is ServerUnreachable:
         return unreachable(address, _cause(error))
     if kind is RequestTimeout:
@@ -74,6 +78,22 @@ def error_from(error: aio.AioRpcError, address: str) -> LessorError:
             f"the server at {address} failed with {code.name}: {detail_text}", remedy="look at the server's log"
         )
     return _make(kind, error, violations, {})
+
+
+_OVER_LIMIT = re.compile(r"(CLIENT|SERVER)?:? ?Received message larger than max \((\d+) vs\. (\d+)\)")
+"""How gRPC words that a message is over the receiver's limit: who received it, its bytes, the limit in bytes."""
+
+
+def _over_limit(*, answer: bool, size: int, limit: int) -> TooLarge:
+    if answer:
+        return TooLarge(
+            f"the server's answer has {size} bytes, more than the limit of {limit} ({format_bytes(limit)}) here",
+            remedy="ask for fewer things at once",
+        )
+    return TooLarge(
+        f"the request has {size} bytes, more than the server's limit of {limit} ({format_bytes(limit)})",
+        remedy="pass large inputs as files that the job reads, and submit many jobs in smaller parts",
+    )
 
 
 def unreachable(address: str, cause: str) -> ServerUnreachable:

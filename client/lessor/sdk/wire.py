@@ -13,6 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from lessor.sdk.checks import refuse
 from lessor.sdk.enums import word
 
 JsonValue: TypeAlias = bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"] | None
@@ -51,12 +52,19 @@ def duration_message(duration: timedelta | None) -> Duration | None:
     return message
 
 
-def time_message(time: datetime | None) -> Timestamp | None:
-    """Returns ``time`` for the wire; a naive one is taken as local time. None stays None."""
+def time_message(time: datetime | None, *, field: str) -> Timestamp | None:
+    """Returns ``time`` for the wire; a naive one is taken as local time. None stays None.
+
+    Raises:
+        InvalidArgument: In UTC it is before the year 1 or after the year 9999; names ``field``.
+    """
     if time is None:
         return None
     message = Timestamp()
-    message.FromDatetime(time.astimezone(UTC))
+    try:
+        message.FromDatetime(time.astimezone(UTC))
+    except (OverflowError, ValueError):
+        raise refuse(field, time.isoformat(), "is outside of the years 1 to 9999 in UTC") from None
     return message
 
 

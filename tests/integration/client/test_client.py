@@ -101,11 +101,6 @@ def test_errors_name_the_field(client: lessor.Client) -> None:
         client.submit(["true"], gpus=-1)
 
 
-def test_a_message_that_is_too_large(client: lessor.Client) -> None:
-    with pytest.raises(lessor.TooLarge, match="larger than max"):
-        client.submit(["true", "x" * (65 * 2**20)])
-
-
 def test_list_goes_through_the_pages(client: lessor.Client, server: FakeServer) -> None:
     ids = [client.submit(["true"], labels={"odd": str(n % 2)}).id for n in range(7)]
     assert [job.id for job in client.list(page_size=2)] == ids[::-1]
