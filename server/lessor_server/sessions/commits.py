@@ -75,10 +75,10 @@ class AgentCommits:
         while len(self._draining) > _MOST_DRAINING:
             # The oldest were ended by the leader or on another replica long ago.
             del self._draining[next(iter(self._draining))]
-        if committed.changed_jobs:
-            for job in committed.changed_jobs:
-                self._bells.logs.ring(job)
-            self._bells.changed(room=committed.freed)
+        for job in committed.ended_jobs:
+            self._bells.logs.ring(job)
+        if committed.moved or committed.ended_jobs:
+            self._bells.changed(room=bool(committed.ended_jobs))
         return committed.verdicts
 
     async def _append(self, chunks: Sequence[Chunk]) -> list[Position]:

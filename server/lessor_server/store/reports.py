@@ -99,12 +99,12 @@ class Committed:
 
     verdicts: list[Verdict]
     """One per report, in order."""
-    changed_jobs: set[int]
-    """Jobs whose state changed."""
+    moved: bool
+    """A lease was accepted or its workload runs now."""
+    ended_jobs: set[int]
+    """Jobs whose attempt ended: there is room, or a job that waits again."""
     draining_jobs: set[int]
     """Jobs whose end is stored and whose log is not complete yet."""
-    freed: bool
-    """Something ended: there is room, or a job that waits again."""
 
 
 async def commit_reports(database: Statements, reports: Sequence[Report], now: datetime | None = None) -> Committed:
@@ -129,9 +129,9 @@ async def commit_reports(database: Statements, reports: Sequence[Report], now: d
     finished = await finish_drained(database, sorted(draining), now) if draining else set()
     return Committed(
         verdicts=verdicts,
-        changed_jobs={job for job, _ in moved} | {job for job, _ in ended},
+        moved=bool(moved),
+        ended_jobs={job for job, _ in ended} | finished,
         draining_jobs=draining - finished,
-        freed=bool(ended or finished),
     )
 
 
