@@ -19,7 +19,7 @@ STRAY_GRACE = timedelta(seconds=5)
 """From SIGTERM to SIGKILL for executions the journal does not know."""
 
 STRAY_WAIT_S = 30.0
-"""A stray that is not gone after this is reported and left to its deadline."""
+"""A stray that is not gone after this is reported, and waited for in the background."""
 
 
 class AdoptionImpossible(Exception):
@@ -35,6 +35,8 @@ class Adopted:
     """lease_id → its execution."""
     rebooted: bool = False
     """The host has booted since the journal was last opened."""
+    stuck: dict[int, Execution] = field(default_factory=dict)
+    """lease_id → execution without a lease that was told to end and does not yet."""
 
 
 async def adopt(contents: Contents, runtimes: Mapping[str, Runtime], boot_id: str) -> Adopted:
@@ -65,9 +67,11 @@ async def adopt(contents: Contents, runtimes: Mapping[str, Runtime], boot_id: st
             },
         )
     known = {lease.grant.lease_id for lease in contents.leases if lease.handle is not None}
-    await asyncio.gather(*(end_strays(runtime, known) for runtime in runtimes.values()))
-    restored = Restored(tuple(leases), contents.events, contents.tombstones, contents.last_seq)
-    return Adopted(restored, executions, rebooted)
+    stuck: dict[int, Execution] = {}
+    for remains in await asyncio.gather(*(end_strays(runtime, known) for runtime in runtimes.values())):
+        stuck |= remains
+    restored = Restored(tuple(leases), contents.events, contents.tombstones, contents.last_seq, tuple(stuck))
+    return Adopted(restored, executions, rebooted, stuck)
 
 
 async def _adopt_one(
@@ -89,14 +93,19 @@ async def _adopt_one(
     return Fate.FOUND
 
 
-async def end_strays(runtime: Runtime, known: set[int], only: int | None = None) -> None:
+async def end_strays(runtime: Runtime, known: set[int], only: int | None = None) -> dict[int, Execution]:
     """Ends and forgets executions that no lease stands for.
 
     Args:
         runtime: Where to look.
         known: lease_ids that are not strays.
         only: If given, nothing but the execution of this lease_id is touched.
+
+    Returns:
+        lease_id → execution that was told to end and had not after
+        :data:`STRAY_WAIT_S`. Until it has, nobody may say that it does not run.
     """
+    stuck: dict[int, Execution] = {}
     for handle in await runtime.strays():
         try:
             execution = await runtime.adopt(handle)
@@ -110,10 +119,12 @@ async def end_strays(runtime: Runtime, known: set[int], only: int | None = None)
             await asyncio.wait_for(execution.wait(), STRAY_WAIT_S)
         except TimeoutError:
             log.error(
-                "execution without a lease does not end; its keeper stops it at its deadline",
+                "execution without a lease does not end; nothing is said of its lease until it has",
                 extra={"event": "stray_stuck", "lease_id": execution.lease_id},
             )
+            stuck[execution.lease_id] = execution
             continue
         except ExecutionVanished:
             pass
         await execution.forget()
+    return stuck

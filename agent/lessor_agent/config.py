@@ -188,7 +188,8 @@ def _one_line(error: ValidationError) -> str:
     for problem in error.errors(include_url=False):
         field = str(problem["loc"][0]) if problem["loc"] else ""
         flag = "--" + {"labels": "label"}.get(field, field).replace("_", "-")
-        text = problem["msg"].removeprefix("Value error, ")
+        # The flag names the field; some messages do as well.
+        text = problem["msg"].removeprefix("Value error, ").removeprefix(f"{field}: ")
         if problem["type"] == "missing":
             text = f"is needed (or LESSOR_AGENT_{field.upper()})"
         problems.append(f"{flag}: {text}" if field else text)

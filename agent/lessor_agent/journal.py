@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import queue
 import sqlite3
 import threading
@@ -40,6 +41,8 @@ MAX_TOMBSTONES = 10_000
 MAX_TOMBSTONE_AGE_S = 7 * 24 * 3600
 MAX_GROUP = 512
 """At most this many transactions share one commit."""
+
+_OWNER_ONLY = 0o600
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -213,6 +216,11 @@ class Journal:
     # ── opening ──────────────────────────────────────────────────────────────
 
     def _connect(self) -> sqlite3.Connection:
+        # Commands and their variables are in it. What SQLite puts beside the file takes over its mode.
+        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _OWNER_ONLY))
+        for suffix in ("", "-wal", "-shm"):
+            with contextlib.suppress(OSError):
+                os.chmod(f"{self._path}{suffix}", _OWNER_ONLY)
         database = sqlite3.connect(self._path, timeout=5.0, isolation_level=None, check_same_thread=False)
         try:
             database.execute("PRAGMA journal_mode = WAL")

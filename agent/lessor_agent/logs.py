@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
+import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +22,14 @@ log = logging.getLogger(__name__)
 POLL_INTERVAL_S = 0.1
 """How often files are looked at where inotify cannot be had."""
 
-MAX_EVENT_READ_BYTES = 256 * 1024
+MAX_EVENT_READ_BYTES = 64 * 1024
 """Bytes of an events file taken per look, so that one chatty job cannot hold up the others."""
+
+MAX_FINAL_EVENT_BYTES = 2 * 1024 * 1024
+"""Unread bytes of an events file that are still read once the job is over: its last ones."""
+
+_SHORT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR})
+"""Failures that say nothing about the file: another try may succeed."""
 
 
 class OutputWatcher:
@@ -116,17 +124,23 @@ class Look:
     """The events that follow those of the look before."""
     more_events: bool
     """There are further ones: look again."""
+    events_skipped: bool = False
+    """Events before these were left out; these begin somewhere within a line."""
+    short: bool = False
+    """The host lacked something to read with (descriptors, memory): look again later."""
 
 
 class OutputReader:
     """Reads the output files of one execution. Every method may block on a slow disk: call it in a thread.
 
-    Not for several threads at once. A file that is gone counts as empty; any
-    other failure to read it is raised, for a log must not lack bytes in silence.
+    Not for several threads at once, and it never raises. A file that is gone
+    counts as empty. One that cannot be read, or is no file (a job can do that to
+    its own), ends with what was seen of it: that is said in the log, once.
     """
 
-    def __init__(self, files: OutputFiles) -> None:
-        """Makes a reader; files are opened when they are first read."""
+    def __init__(self, files: OutputFiles, lease_id: int = 0) -> None:
+        """Makes a reader; files are opened when they are first read. ``lease_id`` is for log lines."""
+        self._lease_id = lease_id
         self._paths = {
             job_pb2.LOG_STREAM_STDOUT: files.stdout,
             job_pb2.LOG_STREAM_STDERR: files.stderr,
@@ -134,29 +148,55 @@ class OutputReader:
         self._events_path = files.events
         self._fds: dict[Path, int] = {}
         self._events_offset = 0
+        self._events_end: int | None = None
+        self._sizes: dict[Path, int] = {}
+        self._broken: set[Path] = set()
+        self._short = False
         self._closed = False
 
-    def look(self) -> Look:
-        """Returns how far the files have grown, and new events."""
-        events = self._pread(self._events_path, self._events_offset, MAX_EVENT_READ_BYTES)
+    def look(self, *, final: bool = False) -> Look:
+        """Returns how far the files have grown, and new events.
+
+        Args:
+            final: The job is over. Of the events that nobody has read, no more
+                than the last :data:`MAX_FINAL_EVENT_BYTES` follow.
+        """
+        self._short = False
+        skipped = False
+        if final and self._events_end is None:
+            self._events_end = self._size(self._events_path)
+            begin = self._events_end - MAX_FINAL_EVENT_BYTES
+            if skipped := begin > self._events_offset:
+                # One byte earlier: what is thrown away up to the first newline is then never a whole line.
+                self._events_offset = begin - 1
+                self._log("the last events of a job that wrote too many are read, others are not", self._events_path)
+        length = MAX_EVENT_READ_BYTES
+        if self._events_end is not None:
+            length = max(0, min(length, self._events_end - self._events_offset))
+        events = self._pread(self._events_path, self._events_offset, length) or b""
         self._events_offset += len(events)
         return Look(
             self._size(self._paths[job_pb2.LOG_STREAM_STDOUT]),
             self._size(self._paths[job_pb2.LOG_STREAM_STDERR]),
             events,
             more_events=len(events) == MAX_EVENT_READ_BYTES,
+            events_skipped=skipped,
+            short=self._short,
         )
 
     def read(self, stream: job_pb2.LogStream.ValueType, offset: int, length: int) -> bytes:
         """Returns exactly ``length`` bytes of an output stream; none after :meth:`close`.
 
-        A job that truncates its own output (``> /dev/stdout`` does) takes bytes
-        away that are already numbered; they read as NUL, as in a sparse file,
-        so that the rest keeps its place.
+        None, too, where the host lacks something to read with: they are asked
+        for again. A job that truncates its own output (``> /dev/stdout`` does)
+        takes bytes away that are already numbered; they read as NUL, as in a
+        sparse file, so that the rest keeps its place. So do bytes that were seen
+        and cannot be read any more.
         """
         if self._closed:
             return b""
-        return self._pread(self._paths[stream], offset, length).ljust(length, b"\0")
+        data = self._pread(self._paths[stream], offset, length)
+        return b"" if data is None else data.ljust(length, b"\0")
 
     def close(self) -> None:
         """Closes the files."""
@@ -165,24 +205,51 @@ class OutputReader:
             os.close(self._fds.popitem()[1])
 
     def _fd(self, path: Path) -> int | None:
-        if (fd := self._fds.get(path)) is None and not self._closed:
+        if (fd := self._fds.get(path)) is None and not self._closed and path not in self._broken:
             try:
-                fd = self._fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             except FileNotFoundError:
                 return None
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                os.close(fd)
+                raise OSError(errno.EINVAL, "it is not a regular file")
+            self._fds[path] = fd
         return fd
 
     def _size(self, path: Path) -> int:
-        fd = self._fd(path)
-        return os.fstat(fd).st_size if fd is not None else 0
+        try:
+            fd = self._fd(path)
+            if fd is not None:
+                self._sizes[path] = os.fstat(fd).st_size
+            elif path not in self._broken:
+                return 0
+        except OSError as error:
+            self._failed(path, error)
+        return self._sizes.get(path, 0)
 
-    def _pread(self, path: Path, offset: int, length: int) -> bytes:
-        fd = self._fd(path)
-        if fd is None:
-            return b""
+    def _pread(self, path: Path, offset: int, length: int) -> bytes | None:
+        """Returns up to ``length`` bytes; None if another try may bring more."""
         pieces, missing = [], length
-        while missing > 0 and (piece := os.pread(fd, missing, offset)):
-            pieces.append(piece)
-            offset += len(piece)
-            missing -= len(piece)
+        try:
+            fd = self._fd(path)
+            while fd is not None and missing > 0 and (piece := os.pread(fd, missing, offset)):
+                pieces.append(piece)
+                offset += len(piece)
+                missing -= len(piece)
+        except OSError as error:
+            self._failed(path, error)
+            if path not in self._broken:
+                return None
         return b"".join(pieces)
+
+    def _failed(self, path: Path, error: OSError) -> None:
+        if error.errno in _SHORT_OF:
+            self._short = True
+            return
+        self._broken.add(path)
+        if (fd := self._fds.pop(path, None)) is not None:
+            os.close(fd)
+        self._log(f"a job's file cannot be read; it ends where it was: {error.strerror}", path)
+
+    def _log(self, text: str, path: Path) -> None:
+        log.warning(text, extra={"event": "output", "lease_id": self._lease_id, "path": str(path)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import random
 import signal
 import sys
@@ -21,6 +22,7 @@ from lessor_agent.config import AgentConfig, ConfigError, parse_arguments
 from lessor_agent.gpus import FakeGpus, Gpu, GpuInventory, NvmlGpus
 from lessor_agent.host import HostFacts, read_host
 from lessor_agent.journal import Contents, Journal, JournalUnavailable
+from lessor_agent.limits import raise_open_files
 from lessor_agent.protocol.core import AgentCore, Profile
 from lessor_agent.runtimes.base import Runtime, RuntimeContext, RuntimeFault, RuntimeUnavailable
 from lessor_agent.state_dir import StateDir, StateDirError
@@ -45,23 +47,31 @@ def main(argv: Sequence[str]) -> int:
     try:
         config = parse_arguments(argv)
     except ConfigError as error:
-        print(f"lessor agent: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except SystemExit as asked:
         return asked.code if isinstance(asked.code, int) else 2
     configure(config.log_format, config.log_level)
+    # What jobs print and what the journal holds is the agent's user's alone.
+    os.umask(0o077)
+    open_files = raise_open_files()
     try:
         with StateDir(config.state_dir) as state, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(serve(config, state))
+            return runner.run(serve(config, state, open_files))
     except (StateDirError, AdoptionImpossible, NoRuntime, RuntimeFault) as error:
-        print(f"lessor agent: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 0
 
 
-async def serve(config: AgentConfig, state: StateDir) -> int:
+async def serve(config: AgentConfig, state: StateDir, open_files: int | None = None) -> int:
     """Runs the agent until SIGTERM or SIGINT; returns the exit code.
+
+    Args:
+        config: What was asked for.
+        state: The state directory, locked.
+        open_files: Soft limit of open files for jobs; None: the agent's own.
 
     Raises:
         NoRuntime: No runtime works on this host.
@@ -71,7 +81,7 @@ async def serve(config: AgentConfig, state: StateDir) -> int:
     host = await asyncio.to_thread(read_host)
     gpus: GpuInventory = NvmlGpus() if config.fake_gpus is None else FakeGpus(config.fake_gpus, agent_id=state.agent_id)
     inventory = inventory_of(config, host, await asyncio.to_thread(gpus.discover))
-    runtimes = await open_runtimes(RuntimeContext(state.path, config.env_rules))
+    runtimes = await open_runtimes(RuntimeContext(state.path, config.env_rules, open_files))
     journal = Journal(state.path / "journal.db")
     try:
         contents = _open_journal(journal, host.boot_id)

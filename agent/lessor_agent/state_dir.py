@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import uuid
 from pathlib import Path
 from types import TracebackType
+
+_OWNER_ONLY = 0o600
 
 
 class StateDirError(Exception):
@@ -22,7 +25,12 @@ class StateDir:
     """
 
     def __init__(self, path: Path) -> None:
-        """Makes ``path`` (mode 0700) if it is missing, and takes its lock.
+        """Makes ``path`` if it is missing, and takes its lock.
+
+        Made by root it can be passed through by everybody (0711), and so can
+        the directories made above it: jobs of other users must reach their own
+        directory. Else it is its owner's alone (0700). One that exists keeps its
+        mode.
 
         Raises:
             StateDirError: It cannot be made or written, or another agent has it.
@@ -30,7 +38,7 @@ class StateDir:
         self.path = path.absolute()
         self._lock_fd = -1
         try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_directories(self.path, 0o711 if os.geteuid() == 0 else 0o700)
             self._lock_fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StateDirError(
@@ -80,10 +88,14 @@ class StateDir:
         path = self.path / "agent_id"
         try:
             if path.exists() and (agent_id := path.read_text("ascii").strip()):
+                with contextlib.suppress(PermissionError):
+                    # Another user's, and readable: it serves all the same.
+                    path.chmod(_OWNER_ONLY)
                 return agent_id
             agent_id = str(uuid.uuid4())
             fresh = path.with_suffix(".new")
             with open(fresh, "w", encoding="ascii") as file:
+                os.fchmod(file.fileno(), _OWNER_ONLY)
                 file.write(agent_id + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -91,3 +103,14 @@ class StateDir:
         except (OSError, UnicodeDecodeError) as error:
             raise StateDirError(f"cannot read or write the agent's id in {path}: {error}") from error
         return agent_id
+
+
+def _make_directories(path: Path, mode: int) -> None:
+    """Makes ``path`` and what is missing above it with ``mode``, whatever the umask."""
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    for directory in reversed(missing):
+        directory.mkdir(exist_ok=True)
+        directory.chmod(mode)

@@ -7,6 +7,7 @@ runs in threads, so that a heartbeat waits for none of it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -22,7 +23,7 @@ from lessor.v1 import job_pb2
 from lessor_agent.adoption import Adopted, end_strays
 from lessor_agent.boottime import boottime_ns
 from lessor_agent.journal import Journal
-from lessor_agent.logs import OutputReader, OutputWatcher
+from lessor_agent.logs import Look, OutputReader, OutputWatcher
 from lessor_agent.protocol import actions as act
 from lessor_agent.protocol.core import AgentCore, Loss
 from lessor_agent.protocol.lease import duration
@@ -52,6 +53,10 @@ EXIT_GRACE = timedelta(seconds=2)
 
 MAX_LOG_MESSAGE_BYTES = 256 * 1024
 """Log bytes per message: what a heartbeat may have to wait behind."""
+
+MAX_SHORT_LOOKS = 20
+SHORT_LOOK_PAUSE_S = 0.5
+"""What an ended job wrote is looked for this often, and with this pause, while the host lacks file descriptors."""
 
 T = TypeVar("T")
 
@@ -133,6 +138,8 @@ class Supervisor:
         try:
             for lease_id, execution in self._adopted.executions.items():
                 self._attend(lease_id, execution, rebooted=self._adopted.rebooted)
+            for lease_id, execution in self._adopted.stuck.items():
+                self._spawn(self._await_stray(lease_id, execution), f"stray-{lease_id}")
             self._spawn(self._send_logs(), "log-sender")
             self._spawn(self._watch_gpus(), "gpus")
             self._do(self._core.start(self._clock_ns()))
@@ -247,7 +254,8 @@ class Supervisor:
             log.exception(
                 "the runtime failed to prepare a job", extra={"event": "prepare", "lease_id": action.lease_id}
             )
-            await end_strays(runtime, set(), only=action.lease_id)
+            for stuck in (await end_strays(runtime, set(), only=action.lease_id)).values():
+                await self._outlast(stuck)
             message = f"{type(failure).__name__}: {failure}"
             error = job_error(job_pb2.ERROR_CLASS_INFRASTRUCTURE, "PREPARE_FAILED", message, retryable=True)
             self._do(self._core.prepare_refused(action.lease_id, error, self._clock_ns()))
@@ -260,17 +268,32 @@ class Supervisor:
         if attempt is None:
             return
         try:
-            await attempt.execution.begin()
+            runs = await attempt.execution.begin()
         except Exception:
             log.exception("the runtime failed to begin a job", extra={"event": "begin", "lease_id": lease_id})
             await attempt.execution.stop(StopCause.KEEPER_DIED)
             return
-        self._do(self._core.running(lease_id, datetime.now(UTC), self._clock_ns()))
+        if runs:
+            self._do(self._core.running(lease_id, datetime.now(UTC), self._clock_ns()))
 
     async def _stop_execution(self, action: act.Stop) -> None:
         attempt = self._attempts.get(action.lease_id)
         if attempt is not None:
             await attempt.execution.stop(action.cause, action.grace)
+
+    async def _await_stray(self, lease_id: int, execution: Execution) -> None:
+        await self._outlast(execution)
+        log.info("execution without a lease has ended", extra={"event": "stray_ended", "lease_id": lease_id})
+        self._do(self._core.decided(lease_id, self._clock_ns()))
+
+    async def _outlast(self, execution: Execution) -> None:
+        """Returns once nothing of ``execution`` runs, its files removed as far as that is possible."""
+        with contextlib.suppress(ExecutionVanished):
+            await execution.wait()
+        try:
+            await execution.forget()
+        except Exception:
+            log.exception("files of an ended job remain", extra={"event": "forget", "lease_id": execution.lease_id})
 
     async def _end_jobs(self) -> None:
         """Ends what runs. Its outcome is on disk: the next agent of this state directory reports it."""
@@ -292,7 +315,7 @@ class Supervisor:
             log.exception("files of an ended job remain", extra={"event": "forget", "lease_id": lease_id})
 
     def _attend(self, lease_id: int, execution: Execution, *, rebooted: bool) -> None:
-        output = OutputReader(execution.output)
+        output = OutputReader(execution.output, lease_id)
         changed = asyncio.Event()
         files: tuple[Path, ...] = (execution.output.stdout, execution.output.stderr, execution.output.events)
         unwatch = self._watcher.watch(files, changed.set)
@@ -314,14 +337,19 @@ class Supervisor:
     async def _follow(self, lease_id: int, attempt: Attempt) -> None:
         """Reports what the execution writes, and its end after the last byte."""
         seen = (0, 0)
+        short_looks = 0
         while True:
             await attempt.changed.wait()
             attempt.changed.clear()
             was_over = attempt.over.is_set()
-            look = await self._in_disk_thread(attempt.output.look)
-            self._report(lease_id, attempt.events.feed(look.events))
+            look, news = await self._in_disk_thread(partial(_look, attempt, final=was_over))
+            self._report(lease_id, news)
             if look.more_events:
                 attempt.changed.set()
+            elif look.short and short_looks < MAX_SHORT_LOOKS:
+                short_looks += was_over
+                attempt.changed.set()
+                await asyncio.sleep(SHORT_LOOK_PAUSE_S)
             elif was_over:
                 break
             written = (look.stdout_bytes, look.stderr_bytes)
@@ -432,6 +460,14 @@ class Supervisor:
         await asyncio.to_thread(self._disk.shutdown)
         for attempt in self._attempts.values():
             attempt.output.close()
+
+
+def _look(attempt: Attempt, *, final: bool) -> tuple[Look, News]:
+    """Looks at what an attempt wrote and reads its events; blocks, and may take a while with events of a busy job."""
+    look = attempt.output.look(final=final)
+    if look.events_skipped:
+        attempt.events.skip()
+    return look, attempt.events.feed(look.events)
 
 
 def start_request(grant: pb.Grant, deadline_ns: int) -> StartRequest:

@@ -84,6 +84,11 @@ class EventReader:
         progress.CopyFrom(self._progress)
         return News(progress, self._checkpoint)
 
+    def skip(self) -> None:
+        """The bytes fed next begin somewhere within a line, after others that are not fed: that line is left out."""
+        self._partial = b""
+        self._skipping = True
+
     def finish(self) -> News:
         """Takes what is left when the workload is over: a last line needs no newline."""
         return self.feed(b"\n") if self._partial else News()

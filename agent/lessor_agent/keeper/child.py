@@ -10,12 +10,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import select
 import signal
 from typing import NamedTuple, NoReturn
 
 from lessor_agent.keeper.directory import LeaseDirectory
-from lessor_agent.keeper.kernel import die_with_parent
+from lessor_agent.keeper.kernel import die_with_parent, gain_no_privileges
 from lessor_agent.keeper.spec import Identity, KeeperSpec
 
 _READY_TIMEOUT_MS = 10_000
@@ -134,6 +135,12 @@ def _become_workload(
             os.dup2(source, target)
         _close_others({0, 1, 2, begin_fd, report_fd})
         os.umask(_WORKLOAD_UMASK)
+        if spec.open_files is not None:
+            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (spec.open_files, hard))
+        if os.geteuid() != 0:
+            # A process that gained another user could be signalled neither by the keeper nor by the agent.
+            gain_no_privileges()
         stage = "identity"
         if spec.identity is not None:
             _become_user(spec.identity)

@@ -8,6 +8,7 @@ import os
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NO_NEW_PRIVS = 38
 
 # Looked up once and before any fork: a keeper must not have to load a library
 # at the moment it is needed most.
@@ -39,6 +40,11 @@ def become_subreaper() -> None:
 def die_with_parent(signum: int) -> None:
     """Asks the kernel for ``signum`` when the parent dies. A later change of user undoes it."""
     _prctl(_PR_SET_PDEATHSIG, signum)
+
+
+def gain_no_privileges() -> None:
+    """Makes set-user-ID, set-group-ID and file capabilities without effect here and in all that descends from here."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
 def keeper_title(lease_id: int, state_dir: str) -> bytes:

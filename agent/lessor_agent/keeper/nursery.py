@@ -26,7 +26,7 @@ class NurseryFault(Exception):
 
     NurseryFault
     ├── ZygoteUnavailable   it cannot be started, or does not answer
-    ├── ZygoteLost          it died before it answered: what was asked may have happened
+    ├── ZygoteLost          it died, or was killed for its silence: what was asked may have happened
     └── KeeperRefused       the keeper could not be made; nothing is left of it
         └── KeeperTaken     because the lease has one, or its directory was just removed
     """
@@ -37,7 +37,7 @@ class ZygoteUnavailable(NurseryFault):
 
 
 class ZygoteLost(NurseryFault):
-    """The zygote died before it answered: what was asked may have happened."""
+    """The zygote died, or was killed for its silence: what was asked may have happened, and will not happen later."""
 
 
 class KeeperRefused(NurseryFault):
@@ -101,9 +101,9 @@ class Nursery:
             KeeperTaken: The lease has a keeper already.
             KeeperRefused: It could not be made; nothing is left of it but the directory.
             ZygoteLost: It may or may not have been made: its lock tells.
-            ZygoteUnavailable: No zygote can be started, or it does not answer.
+            ZygoteUnavailable: No zygote can be started; nothing was asked of any.
         """
-        answer = await self._ask({"op": "fork", "spec": spec.to_json()})
+        answer = await self._ask({"op": "fork", "spec": spec.to_json()}, end_if_silent=True)
         if "error" in answer:
             kind = KeeperTaken if answer.get("taken") else KeeperRefused
             raise kind(str(answer["error"]))
@@ -123,7 +123,7 @@ class Nursery:
         """The zygote's pid; None while there is none."""
         return None if self._zygote is None else self._zygote.process.pid
 
-    async def _ask(self, request: dict[str, object]) -> dict[str, object]:
+    async def _ask(self, request: dict[str, object], *, end_if_silent: bool = False) -> dict[str, object]:
         zygote = await self._living()
         self._next_id += 1
         number = self._next_id
@@ -137,6 +137,12 @@ class Nursery:
         except ConnectionError:
             raise ZygoteLost("the zygote died before it answered") from None
         except TimeoutError:
+            if end_if_silent:
+                # Else it could do what was asked after its asker has given up.
+                zygote.lost = True
+                with contextlib.suppress(ProcessLookupError):
+                    zygote.process.kill()
+                raise ZygoteLost(f"the zygote did not answer within {ANSWER_TIMEOUT_S:g} s and was killed") from None
             raise ZygoteUnavailable(f"the zygote did not answer within {ANSWER_TIMEOUT_S:g} s") from None
         finally:
             zygote.waiting.pop(number, None)

@@ -30,6 +30,8 @@ class KeeperSpec(NamedTuple):
     """None: as the keeper."""
     grace_ns: int
     run_timeout_ns: int | None
+    open_files: int | None = None
+    """Soft limit of open files for the workload; None: the keeper's."""
 
     def to_json(self) -> dict[str, object]:
         """Returns the form that travels to the zygote."""

@@ -20,6 +20,9 @@ _MAX_PASSES = 64
 
 _DEAD_STATES = frozenset("ZXx")
 
+_out_of_reach: set[tuple[int, int]] = set()
+"""(pid, start_ticks) of processes that were reported as not to be signalled, so that each is reported once."""
+
 
 class Process(NamedTuple):
     """One line of the process table."""
@@ -77,7 +80,8 @@ def send(process: Process, signum: int) -> bool:
     """Sends ``signum`` to exactly this process, never to one that got its pid later.
 
     Returns:
-        False if it is gone, or dead and not yet reaped.
+        False if it is gone, or dead and not yet reaped, or if this user may not
+        signal it (it changed its own user); the last is said on stderr, once.
     """
     try:
         fd = os.pidfd_open(process.pid)
@@ -89,6 +93,12 @@ def send(process: Process, signum: int) -> bool:
             return False
         signal.pidfd_send_signal(fd, signum)
     except ProcessLookupError:
+        return False
+    except PermissionError:
+        if (process.pid, process.start_ticks) not in _out_of_reach:
+            _out_of_reach.add((process.pid, process.start_ticks))
+            # No logger: keepers and the zygote have none, and their stderr is their log.
+            os.write(2, f"not permitted to signal process {process.pid}: it runs as another user\n".encode())
         return False
     finally:
         os.close(fd)

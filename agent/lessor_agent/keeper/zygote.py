@@ -28,7 +28,8 @@ from lessor_agent.keeper.spec import KeeperSpec
 from lessor_agent.keeper.tree import Process, all_processes, below, freeze_and_kill
 
 _IDLE_POLL_MS = 60_000
-_SWEEP_POLL_MS = 20
+_SWEEP_POLL_MS = (20, 1000)
+"""Between two looks for orphans that live: at first, and at most, when one cannot be killed. A death wakes it too."""
 _READ_BYTES = 1 << 16
 
 
@@ -43,6 +44,7 @@ class Zygote:
         """Readiness pipe → (request id, keeper's pid, what it said so far)."""
         self._sweeps: list[int] = []
         self._orphans_suspected = False
+        self._sweep_poll_ms = _SWEEP_POLL_MS[0]
         self._poll = select.poll()
         self._wake_read, self._wake_write = os.pipe()
         for fd in (self._wake_read, self._wake_write):
@@ -57,7 +59,7 @@ class Zygote:
         self._answer({"ready": os.getpid()})
         while True:
             busy = self._orphans_suspected or bool(self._sweeps)
-            for fd, _ in self._poll.poll(_SWEEP_POLL_MS if busy else _IDLE_POLL_MS):
+            for fd, _ in self._poll.poll(self._sweep_poll_ms if busy else _IDLE_POLL_MS):
                 if fd == self._wake_read:
                     _drain(fd)
                 elif fd == self._agent.fileno():
@@ -147,7 +149,9 @@ class Zygote:
         freeze_and_kill(self._orphans)
         self._reap()
         if self._orphans():
+            self._sweep_poll_ms = min(self._sweep_poll_ms * 2, _SWEEP_POLL_MS[1])
             return
+        self._sweep_poll_ms = _SWEEP_POLL_MS[0]
         self._orphans_suspected = False
         for number in self._sweeps:
             self._answer({"id": number, "swept": True})

@@ -61,6 +61,8 @@ class Restored:
     """lease_ids, oldest first."""
     last_seq: int = 0
     """Highest event number ever used."""
+    undecided: tuple[int, ...] = ()
+    """lease_ids that are not held and of which something may still run; see :meth:`AgentCore.decided`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,9 @@ class AgentCore:
         self._desk = Desk(EventLog(restored.last_seq, restored.events))
         self._session = Session(nanoseconds(profile.heartbeat_interval), random)
         names = [runtime.name for runtime in profile.runtimes]
-        self._leases = LeaseTable(self._desk, self._session, names, restored.leases, restored.tombstones)
+        self._leases = LeaseTable(
+            self._desk, self._session, names, restored.leases, restored.tombstones, restored.undecided
+        )
         self._window_bytes = DEFAULT_WINDOW_BYTES
         self._gpus: tuple[pb.GpuReading, ...] = ()
         self._refused = ""
@@ -262,6 +266,11 @@ class AgentCore:
         if lease is not None and self._session.link is Link.UP:
             self._send_progress(lease_ids=(lease_id,), now_ns=now_ns, at_once=True)
         self._leases.ended(lease_id, ending, now_ns)
+        return self._finish(now_ns)
+
+    def decided(self, lease_id: int, now_ns: int) -> list[Action]:
+        """Nothing runs any more of a lease that was undecided; it can be released."""
+        self._leases.decided(lease_id)
         return self._finish(now_ns)
 
     def checkpoint(self, lease_id: int, cursor: str, now_ns: int) -> list[Action]:

@@ -56,6 +56,7 @@ class LeaseTable:
         runtimes: Collection[str],
         restored: Iterable[RestoredLease],
         tombstones: Iterable[int],
+        undecided: Iterable[int] = (),
     ) -> None:
         """Begins with what a restarted agent found.
 
@@ -65,6 +66,8 @@ class LeaseTable:
             runtimes: Names of the runtimes that can start jobs here.
             restored: Journalled leases; see :meth:`settle_restored`.
             tombstones: lease_ids that are never started, oldest first.
+            undecided: lease_ids that are not held and of which something may still run: nothing is said of
+                them until :meth:`decided`.
         """
         self._desk = desk
         self._session = session
@@ -72,6 +75,8 @@ class LeaseTable:
         self._held: dict[int, Lease] = {}
         self._tombstones: dict[int, None] = dict.fromkeys(tombstones)
         self._restored = tuple(restored)
+        self._undecided: dict[int, str] = dict.fromkeys(undecided, "")
+        """lease_id → job_id whose lease is to be released when it is decided; empty: nobody has asked."""
 
     def __iter__(self) -> Iterator[Lease]:
         return iter(self._held.values())
@@ -92,6 +97,9 @@ class LeaseTable:
     def settle_restored(self, now_ns: int) -> None:
         """Takes up the journalled leases: goes on, reports an end, or gives back."""
         for found in self._restored:
+            if found.fate is Fate.NEVER_PREPARED and found.grant.lease_id in self._undecided:
+                self._undecided[found.grant.lease_id] = found.grant.job_id
+                continue
             lease = self._take_up(found)
             if found.fate is Fate.NEVER_PREPARED:
                 self._give_back(lease, "the agent restarted before it was prepared")
@@ -141,6 +149,8 @@ class LeaseTable:
             log.error("grant without a lease id ignored", extra={"event": "grant_invalid", "job_id": grant.job_id})
         elif (lease := self._held.get(lease_id)) is not None:
             self._granted_again(lease, now_ns)
+        elif lease_id in self._undecided:
+            self._undecided[lease_id] = grant.job_id
         elif lease_id in self._tombstones:
             self._release_unheld(grant.job_id, lease_id, "the agent has given it back before")
         else:
@@ -159,6 +169,8 @@ class LeaseTable:
         )
         if lease is None:
             if revoke.reason == pb.REVOKE_REASON_STALE:
+                if revoke.lease_id in self._undecided:
+                    self._undecided[revoke.lease_id] = ""
                 self._drop_unheld(revoke.lease_id)
             else:
                 self._release_unheld(revoke.job_id, revoke.lease_id, "the agent does not hold it")
@@ -305,6 +317,12 @@ class LeaseTable:
                 self._forget_if_done(lease)
             else:
                 self._end(lease, event)
+
+    def decided(self, lease_id: int) -> None:
+        """Nothing runs of this lease any more: what was asked about it can be answered."""
+        job_id = self._undecided.pop(lease_id, "")
+        if job_id:
+            self._release_unheld(job_id, lease_id, "the agent does not hold it")
 
     def checkpoint(self, lease_id: int, cursor: str) -> None:
         """The workload saved a checkpoint; only the newest one counts."""
@@ -474,7 +492,13 @@ class LeaseTable:
         self._desk.journal([DropLease(lease_id), *entries], lambda _error: self._desk.put(Forget(lease_id)))
 
     def _release_unheld(self, job_id: str, lease_id: int, reason: str) -> None:
-        """Answers for a lease that is not held, with what is still owed about it or with Released."""
+        """Answers for a lease that is not held, with what is still owed about it or with Released.
+
+        Of an undecided one nothing can be said before something is known.
+        """
+        if lease_id in self._undecided:
+            self._undecided[lease_id] = job_id
+            return
         if any(True for _ in self._desk.events.of_lease(lease_id)):
             self._desk.events.unsend(lease_id)
             return

@@ -139,11 +139,12 @@ class Execution(ABC):
     output: OutputFiles
 
     @abstractmethod
-    async def begin(self) -> None:
+    async def begin(self) -> bool:
         """Lets the workload run. Called once; a second call changes nothing.
 
-        Returns once it runs, could not be run, or was ended before;
-        :meth:`wait` tells which.
+        Returns:
+            True once it runs or has run; False if it could not be run or was
+            ended before: :meth:`wait` tells which.
         """
 
     @abstractmethod
@@ -224,3 +225,5 @@ class RuntimeContext:
     """Absolute; the runtime may use ``state_dir / "leases"``."""
     env_allow: Sequence[str]
     """Names (or prefixes ending in ``*``) of host variables a job may see."""
+    open_files: int | None = None
+    """Soft limit of open files for jobs, where the agent has raised its own; None: the agent's."""

@@ -65,6 +65,7 @@ class ProcessRuntime(Runtime):
 
     def __init__(self, context: RuntimeContext) -> None:
         self._env_allow = context.env_allow
+        self._open_files = context.open_files
         self._state_dir = Path(os.path.realpath(context.state_dir))
         self._leases = self._state_dir / "leases"
         self._boot_id = ""
@@ -197,6 +198,7 @@ class ProcessRuntime(Runtime):
 
     async def _set_keeper(self, spec: KeeperSpec, deadline_ns: int) -> ProcessExecution:
         lease_id, path = spec.lease_id, Path(spec.directory)
+        reason = f"lease {lease_id}: keepers came and went {_MAX_ATTEMPTS} times; see {path}/keeper.log"
         for _ in range(_MAX_ATTEMPTS):
             found = await self._find(lease_id)
             if found is not None:
@@ -206,16 +208,29 @@ class ProcessRuntime(Runtime):
             try:
                 self._make_directory(lease_id, deadline_ns)
                 await self._nursery.fork(spec)
-            except (ZygoteLost, KeeperTaken, FileNotFoundError):
-                # A keeper may stand now, of this call or another, or one was just leaving: the lock tells.
+            except ZygoteLost as lost:
+                # A keeper may stand now: the lock tells.
+                reason = str(lost)
                 continue
+            except (KeeperTaken, FileNotFoundError):
+                # A keeper may stand now, of another call, or one was just leaving: the lock tells.
+                continue
+            except ZygoteUnavailable as unavailable:
+                reason = str(unavailable)
+                break
             except (KeeperRefused, OSError):
                 await asyncio.to_thread(self._remove_unguarded, lease_id)
                 raise
             connection = connect_keeper(path, lease_id)
             if connection is not None and (execution := await self._connected(lease_id, connection)) is not None:
                 return execution
-        raise StartRefused(f"lease {lease_id}: keepers came and went {_MAX_ATTEMPTS} times; see {path}/keeper.log")
+        # Before it is said that nothing was started: a keeper of a fork that was never answered may stand.
+        if (found := await self._find(lease_id)) is not None:
+            return found
+        await asyncio.to_thread(kill_keeper, self._state_dir, lease_id)
+        if (ended := await self._end_unguarded(lease_id)) is not None:
+            return ended
+        raise StartRefused(reason)
 
     async def _spec(self, request: StartRequest, path: Path) -> KeeperSpec:
         if request.working_dir is not None and not request.working_dir.is_absolute():
@@ -235,6 +250,7 @@ class ProcessRuntime(Runtime):
             identity=identity,
             grace_ns=_ns(request.grace),
             run_timeout_ns=None if request.run_timeout is None else _ns(request.run_timeout),
+            open_files=self._open_files,
         )
 
     def _make_directory(self, lease_id: int, deadline_ns: int) -> None:

@@ -33,6 +33,7 @@ HANDLE_VERSION = 1
 RUNTIME_NAME = "process"
 
 _SWEEP_PATIENCE_S = 2.0
+_SEARCH_AGAIN_S = 1.0
 _PREPARED, _RUNNING, _ENDED = "prepared", "running", "ended"
 
 
@@ -71,6 +72,7 @@ class ProcessExecution(Execution):
         self._state = _PREPARED
         self._changed = asyncio.Event()
         self._begin_sent = False
+        self._ran = False
         self._started_at_ns: int | None = None
         self._main_pid: int | None = None
         self._told: Outcome | None = None
@@ -99,17 +101,15 @@ class ProcessExecution(Execution):
 
     # -- Execution -----------------------------------------------------------
 
-    async def begin(self) -> None:
-        """Lets the workload run; returns once it does, could not, or was ended before.
-
-        See :meth:`Execution.begin`. :meth:`wait` tells which.
-        """
+    async def begin(self) -> bool:
+        """Lets the workload run; returns whether it does, or did: see :meth:`Execution.begin`."""
         if not self._begin_sent and self._state == _PREPARED:
             self._begin_sent = True
             self._order({"op": "begin"})
         while self._state == _PREPARED:
             self._changed.clear()
             await self._changed.wait()
+        return self._ran
 
     async def wait(self) -> Exit:
         """Returns how it ended; see :meth:`Execution.wait`. Cancelled if the runtime is closed before."""
@@ -219,17 +219,28 @@ class ProcessExecution(Execution):
             self._writer.write(json.dumps(order).encode() + b"\n")
 
     async def _follow(self, reader: asyncio.StreamReader) -> None:
-        """Hears the keeper out, then finds out how it ended."""
-        with contextlib.suppress(ConnectionError):
+        """Hears the keeper out, then finds out how it ended. Whatever fails, an end is told."""
+        try:
             while line := await reader.readline():
                 self._hear(json.loads(line))
+        except ConnectionError:
+            # The same as its end of file.
+            pass
+        except Exception:
+            log.exception("a keeper is not understood", extra={"event": "keeper_garbled", "lease_id": self.lease_id})
+            # It goes on guarding; its outcome is in its file once it has ended what nobody can follow any more.
+            await self.stop(StopCause.KEEPER_DIED)
         # The keeper hangs up only by exiting; the lock is free and the outcome stored when it has.
         await self._keeper_gone.wait()
-        outcome = self._told or self._stored_outcome()
-        if outcome is None:
-            log.error("keeper died", extra={"event": "keeper_died", "lease_id": self.lease_id})
-            await self._home.sweep()
-            outcome = await end_orphaned(self.path, self.lease_id, self._main_pid, self._started_at_ns)
+        try:
+            outcome = self._told or self._stored_outcome()
+            if outcome is None:
+                log.error("keeper died", extra={"event": "keeper_died", "lease_id": self.lease_id})
+                await self._home.sweep()
+                outcome = await end_orphaned(self.path, self.lease_id, self._main_pid, self._started_at_ns)
+        except Exception:
+            log.exception("the end of a job is unknown", extra={"event": "end_unknown", "lease_id": self.lease_id})
+            outcome = _keeper_died(self.lease_id, self._started_at_ns)
         self._end(outcome)
 
     def _hear(self, status: dict[str, object]) -> None:
@@ -243,6 +254,7 @@ class ProcessExecution(Execution):
             # It is stored and the tree is gone; the keeper's own last millisecond concerns only forget().
             self._end(self._told)
         if status["state"] == _RUNNING:
+            self._ran = True
             self._state = _RUNNING
             self._changed.set()
 
@@ -253,14 +265,16 @@ class ProcessExecution(Execution):
             return None
         try:
             return directory.read_outcome()
-        except ValueError:
-            log.error("outcome is damaged", extra={"event": "outcome_damaged", "lease_id": self.lease_id})
+        except (OSError, ValueError) as error:
+            fields = {"event": "outcome_damaged", "lease_id": self.lease_id, "error": str(error)}
+            log.error("outcome is damaged", extra=fields)
             return None
         finally:
             directory.close()
 
     def _end(self, outcome: Outcome) -> None:
         self._state = _ENDED
+        self._ran |= outcome.started_at_ns is not None
         if not self._exit.done():
             self._exit.set_result(exit_of(outcome))
         self._changed.set()
@@ -277,17 +291,17 @@ async def end_orphaned(path: Path, lease_id: int, session: int | None, started_a
         session: The workload's session, if it was this very agent that saw the keeper die; else None.
         started_at_ns: When the workload began, in Unix nanoseconds; None: never.
     """
-    while not await asyncio.to_thread(end_lease_processes, str(path), session, patience_s=_SWEEP_PATIENCE_S):
-        log.warning("processes cannot be killed yet", extra={"event": "unkillable", "lease_id": lease_id})
-    outcome = Outcome(
-        lease_id=lease_id,
-        exit_code=None,
-        signal=0,
-        stop_cause=StopCause.KEEPER_DIED.value,
-        start_error=None,
-        started_at_ns=started_at_ns,
-        ended_at_ns=time.time_ns(),
-    )
+    while True:
+        try:
+            if await asyncio.to_thread(end_lease_processes, str(path), session, patience_s=_SWEEP_PATIENCE_S):
+                break
+            log.warning("processes cannot be killed yet", extra={"event": "unkillable", "lease_id": lease_id})
+        except OSError as error:
+            # No descriptor left to look through /proc, say: nothing is proved until one is.
+            fields = {"event": "unsearchable", "lease_id": lease_id, "error": str(error)}
+            log.warning("processes cannot be looked for", extra=fields)
+            await asyncio.sleep(_SEARCH_AGAIN_S)
+    outcome = _keeper_died(lease_id, started_at_ns)
     try:
         directory = LeaseDirectory(str(path), lease_id)
     except OSError:
@@ -299,6 +313,18 @@ async def end_orphaned(path: Path, lease_id: int, session: int | None, started_a
     finally:
         directory.close()
     return outcome
+
+
+def _keeper_died(lease_id: int, started_at_ns: int | None) -> Outcome:
+    return Outcome(
+        lease_id=lease_id,
+        exit_code=None,
+        signal=0,
+        stop_cause=StopCause.KEEPER_DIED.value,
+        start_error=None,
+        started_at_ns=started_at_ns,
+        ended_at_ns=time.time_ns(),
+    )
 
 
 def exit_of(outcome: Outcome) -> Exit:

@@ -56,14 +56,15 @@ class ScriptedExecution(Execution):
         self._vanished = False
         self._waiters: set[asyncio.Event] = set()
 
-    async def begin(self) -> None:
+    async def begin(self) -> bool:
         """See :class:`Execution`."""
         if self.begun or self.exit is not None:
-            return
+            return self.begun
         self.begun = True
         self._started_at = self._host.now()
         self._host.begun.append(self.lease_id)
         self._host.changed()
+        return True
 
     async def wait(self) -> Exit:
         """See :class:`Execution`."""

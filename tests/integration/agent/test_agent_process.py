@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -81,6 +83,34 @@ async def test_failures_of_real_jobs(tmp_path: Path) -> None:
     assert (exited.error.type, exited.exit_code) == ("EXIT_CODE", 3)
     assert (killed.error.type, killed.signal) == ("SIGNAL", 9)
     assert (missing.error.type, missing.error.retryable) == ("START_FAILED", False)
+    assert [server.events(lease_id) for lease_id in (1, 3)] == [["accepted", "running", "ended"], ["accepted", "ended"]]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may start a job as another user")
+async def test_another_user_works_out_of_the_box_and_the_agents_files_are_its_own() -> None:
+    with tempfile.TemporaryDirectory(prefix="lessor-test-") as name:
+        os.chmod(name, 0o711)
+        state = Path(name) / "state"
+        async with FakeAgentServer() as fake, agent_process(fake, state):
+            server = await fake.welcomed()
+            grant = shell(1, f"id -un; echo {{}} >> $LESSOR_EVENTS; umask; cat {state}/journal.db {state}/agent_id; :")
+            grant.spec.command.user = "nobody"
+            server.grant(grant)
+            ended = await finish(server, 1)
+        assert Outcome(ended.outcome) is Outcome.SUCCEEDED, ended
+        assert server.log(1, 1) == b"nobody\n0022\n"
+        assert {path.name: path.stat().st_mode & 0o077 for path in state.iterdir() if path.is_file()} == {
+            path.name: 0 for path in state.iterdir() if path.is_file()
+        }
+
+
+async def test_a_job_has_the_limit_of_open_files_that_the_agent_was_started_with(tmp_path: Path) -> None:
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    async with FakeAgentServer() as fake, agent_process(fake, tmp_path):
+        server = await fake.welcomed()
+        server.grant(shell(1, "ulimit -Sn"))
+        await finish(server, 1)
+    assert server.log(1, 1).decode().strip() == ("unlimited" if soft == resource.RLIM_INFINITY else str(soft))
 
 
 async def test_a_job_goes_on_while_its_agent_is_killed_and_restarted(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from lessor.lifecycle import Outcome
 from lessor.v1 import agent_service_pb2 as pb
+from lessor_agent import adoption
 from lessor_agent.adoption import adopt
 from lessor_agent.journal import Contents, Journal, JournalUnavailable
 from lessor_agent.protocol.core import AgentCore
@@ -379,3 +380,43 @@ async def test_strays_are_ended_before_the_first_hello(bench: Bench) -> None:
     async with bench.agent():
         assert bench.host.executions == {}
         await bench.server.welcomed()
+
+
+async def test_a_stray_that_does_not_end_is_not_released_before_it_has(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adoption, "STRAY_WAIT_S", 0.01)
+    runtime = ScriptedRuntime(RuntimeContext(bench.directory, ()), bench.host)
+    stray = await runtime.prepare(start_request(a_grant(99), 0))
+    await stray.begin()
+    bench.host.stubborn = True
+    async with bench.agent():
+        server = await bench.server.welcomed()
+        server.revoke(99, pb.REVOKE_REASON_NOT_LISTED)
+        server.grant_ids(1)
+        await server.event(1, "running")
+        assert server.events(99) == []
+        bench.host.executions[99].end(signal_number=9)
+        await server.event(99, "released")
+        assert 99 not in bench.host.executions
+
+
+async def test_unreadable_output_of_one_job_costs_the_others_nothing(bench: Bench) -> None:
+    async with bench.agent():
+        server = await bench.server.welcomed()
+        bench.host.gate.clear()
+        server.grant_ids(1, 2)
+        directory = bench.host.directory / "1"
+        bench.host.gate.set()
+        job, other = await bench.host.running(1), await bench.host.running(2)
+        assert job.output.stdout.is_relative_to(directory)
+        job.output.stdout.unlink()
+        job.output.stdout.mkdir()
+        other.write(stdout=b"fine")
+        job.end(exit_code=0)
+        other.end(exit_code=0)
+        for lease_id in (1, 2):
+            ended = (await server.event(lease_id, "ended")).ended
+            assert Outcome(ended.outcome) is Outcome.SUCCEEDED
+        await server.until(lambda: bool(server.heartbeats()) and not server.heartbeats()[-1].lease_ids)
+        assert server.log(2, 1) == b"fine"

@@ -115,9 +115,12 @@ def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_state_dir_is_private_and_keeps_its_id(tmp_path: Path) -> None:
     with StateDir(tmp_path / "a" / "state") as state:
         first = state.agent_id
-        assert state.path.stat().st_mode & 0o777 == 0o700
+        # Jobs of other users, which only root can start, pass through to their own directory.
+        assert state.path.stat().st_mode & 0o777 == (0o711 if os.geteuid() == 0 else 0o700)
+        (state.path / "agent_id").chmod(0o644)
     with StateDir(tmp_path / "a" / "state") as state:
         assert state.agent_id == first
+        assert (state.path / "agent_id").stat().st_mode & 0o777 == 0o600
     with StateDir(tmp_path / "other") as state:
         assert state.agent_id != first
 
@@ -145,3 +148,18 @@ def test_a_state_dir_that_cannot_be_made_is_one_readable_line(
     assert "cannot use the state directory" in error
     assert "--state-dir" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [("--heartbeat", "abc"), ("--cpu", "abc"), ("--memory", "abc")])
+def test_a_bad_flag_is_named_once(flags: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--state-dir", "/x", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {flags[0]}: ")
+    assert error.count(flags[0].removeprefix("--")) == 1
+
+
+def test_the_limit_of_open_files_is_raised_and_told() -> None:
+    code = "import resource as r; from lessor_agent.limits import raise_open_files as f;"
+    code += "h = r.getrlimit(r.RLIMIT_NOFILE)[1]; r.setrlimit(r.RLIMIT_NOFILE, (99, h));"
+    code += "assert (f(), r.getrlimit(r.RLIMIT_NOFILE)) == (99, (h, h))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

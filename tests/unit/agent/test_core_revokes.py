@@ -10,8 +10,10 @@ from lessor.lifecycle import LeasePhase, Outcome
 from lessor.v1 import agent_service_pb2 as pb
 from lessor.v1 import job_pb2
 from lessor_agent.protocol import actions as act
+from lessor_agent.protocol.core import Restored
+from lessor_agent.protocol.lease import Fate, RestoredLease
 from lessor_agent.runtimes.base import StopCause
-from tests.support.agent_core import SECOND_NS, a_grant, an_exit, connected, its_end_is_known, stale
+from tests.support.agent_core import SECOND_NS, CoreDriver, a_grant, an_exit, connected, its_end_is_known, stale
 
 pytestmark = pytest.mark.unit
 
@@ -280,3 +282,34 @@ def test_an_end_known_to_the_server_while_the_work_runs_here_makes_it_stale() ->
     drive.bring(1, LeasePhase.RUNNING)
     drive.reconnect(its_end_is_known(1))
     assert drive.of(act.Stop) == [act.Stop(1, StopCause.STALE, None)]
+
+
+def test_of_an_undecided_lease_nothing_is_said_before_nothing_of_it_runs() -> None:
+    drive = CoreDriver(Restored(undecided=(1,)))
+    drive.connect()
+    drive.clear()
+    drive.revoke(1, pb.REVOKE_REASON_NOT_LISTED)
+    drive.grant(1)
+    assert drive.events() == []
+    assert drive.of(act.Prepare) == []
+    drive.do(drive.core.decided(1, drive.now_ns))
+    assert drive.events() == ["released"]
+
+
+@pytest.mark.parametrize("reason", [None, pb.REVOKE_REASON_STALE])
+def test_an_undecided_lease_nobody_asks_for_is_not_answered(reason: pb.RevokeReason.ValueType | None) -> None:
+    drive = CoreDriver(Restored(undecided=(1,)))
+    drive.connect()
+    drive.clear()
+    if reason is not None:
+        drive.revoke(1, reason)
+    drive.do(drive.core.decided(1, drive.now_ns))
+    assert drive.events() == []
+
+
+def test_an_intended_lease_of_which_something_runs_is_given_back_when_it_has_ended() -> None:
+    drive = CoreDriver(Restored((RestoredLease(a_grant(1), LeasePhase.OFFERED, Fate.NEVER_PREPARED),), undecided=(1,)))
+    drive.connect()
+    assert drive.events() == []
+    drive.do(drive.core.decided(1, drive.now_ns))
+    assert drive.events() == ["released"]

@@ -179,3 +179,17 @@ def test_old_and_many_tombstones_are_pruned(writer: Writer, tmp_path: Path) -> N
     after.close()
     assert len(tombstones) == 10_000
     assert (tombstones[0], tombstones[-1]) == (200, 10_199)
+
+
+def test_the_files_are_the_owners_alone_also_when_they_were_not(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    path.touch(0o644)
+    path.chmod(0o644)
+    journal = Journal(path)
+    journal.open("boot-1")
+    try:
+        assert {file.name: file.stat().st_mode & 0o777 for file in tmp_path.glob("journal.db*")} == dict.fromkeys(
+            ("journal.db", "journal.db-wal", "journal.db-shm"), 0o600
+        )
+    finally:
+        journal.close()

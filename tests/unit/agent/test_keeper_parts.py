@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lessor_agent.boottime import boot_id, boottime_ns
-from lessor_agent.keeper import zygote
+from lessor_agent.keeper import tree, zygote
 from lessor_agent.keeper.directory import Begun, LeaseDirectory, LockTaken, Outcome, make_lease_directory
 from lessor_agent.keeper.kernel import keeper_title, parse_keeper_title
 from lessor_agent.keeper.record import EXPIRED, DeadlineRecord
@@ -223,3 +224,20 @@ def test_zygote_imports_nothing_that_a_fork_would_break() -> None:
         "multiprocessing",
         "subprocess",
     }
+
+
+# -- processes out of reach ------------------------------------------------------------------
+
+
+def test_a_process_that_may_not_be_signalled_is_reported_once_and_ends_nobody(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(signal, "pidfd_send_signal", refuse)
+    process = read_process(os.getpid())
+    assert process is not None
+    assert not send(process, 0)
+    assert tree.freeze_and_kill(lambda: [process]) == 0
+    assert capfd.readouterr().err.count(f"not permitted to signal process {os.getpid()}") == 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from lessor.v1 import job_pb2
 from lessor_agent import logs
 from lessor_agent.logs import OutputReader, OutputWatcher
 from lessor_agent.runtimes.base import OutputFiles
+from lessor_agent.workload_events import EventReader
 
 pytestmark = pytest.mark.unit
 
@@ -99,3 +102,75 @@ async def test_an_ended_watch_is_silent(files: OutputFiles) -> None:
     await asyncio.wait_for(heard.wait(), 5)
     assert not silent.is_set()
     watcher.close()
+
+
+@pytest.mark.parametrize("kind", ["directory", "fifo"])
+def test_what_is_no_file_is_empty_and_said_once(
+    kind: str, files: OutputFiles, reader: OutputReader, caplog: pytest.LogCaptureFixture
+) -> None:
+    files.stdout.unlink()
+    if kind == "directory":
+        files.stdout.mkdir()
+    else:
+        os.mkfifo(files.stdout)
+    files.stderr.write_bytes(b"err")
+    for _ in range(2):
+        look = reader.look(final=True)
+        assert (look.stdout_bytes, look.stderr_bytes, look.short) == (0, 3, False)
+    # What the server asks for all the same can be completed.
+    assert reader.read(STDOUT, 0, 2) == b"\0\0"
+    assert len(caplog.records) == 1
+
+
+def test_a_file_that_cannot_be_read_any_more_ends_where_it_was_seen(
+    files: OutputFiles, reader: OutputReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.stdout.write_bytes(b"abcdef")
+    assert reader.look().stdout_bytes == 6
+
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fail)
+    assert reader.read(STDOUT, 2, 4) == b"\0\0\0\0"
+    monkeypatch.undo()
+    files.stdout.write_bytes(b"abcdefgh")
+    look = reader.look(final=True)
+    assert (look.stdout_bytes, look.short) == (6, False)
+
+
+def test_without_descriptors_it_is_tried_again(
+    files: OutputFiles, reader: OutputReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.stdout.write_bytes(b"abc")
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fail)
+        assert reader.look().short
+        assert reader.read(STDOUT, 0, 3) == b""
+    assert (reader.look().short, reader.look().stdout_bytes) == (False, 3)
+    assert reader.read(STDOUT, 0, 3) == b"abc"
+
+
+def test_of_a_flood_of_events_the_end_is_read(files: OutputFiles, reader: OutputReader) -> None:
+    line = b'{"type": "progress", "fraction": 0.25}\n'
+    flood = line * (3 * logs.MAX_FINAL_EVENT_BYTES // len(line))
+    files.events.write_bytes(flood + b'{"type": "result", "value": 7}\n')
+    events = EventReader(1)
+    taken = 0
+    more = True
+    while more:
+        look = reader.look(final=True)
+        # Whoever still writes there holds up nothing.
+        with open(files.events, "ab") as file:
+            file.write(line * 3000)
+        if look.events_skipped:
+            events.skip()
+        events.feed(look.events)
+        taken += len(look.events)
+        more = look.more_events
+    assert logs.MAX_FINAL_EVENT_BYTES <= taken <= logs.MAX_FINAL_EVENT_BYTES + 1
+    assert events.result_json == b"7"
