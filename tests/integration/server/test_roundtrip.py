@@ -84,7 +84,8 @@ def specs(draw: st.DrawFn) -> JobSpec:
         backoff=draw(durations(timedelta(0), timedelta(days=1))),
         backoff_max=draw(durations(timedelta(0), timedelta(days=7))),
         timeout=draw(durations(milliseconds, timedelta(days=365))),
-        queue_timeout=draw(durations(milliseconds, timedelta(days=365))),
+        # Long enough that it does not pass here: a job that failed gives its dedupe key up.
+        queue_timeout=draw(durations(timedelta(hours=1), timedelta(days=365))),
         start_timeout=draw(durations(milliseconds, timedelta(days=1))),
         ttl=ttl,
         grace=draw(durations(timedelta(0), min(room, timedelta(minutes=10)))),
@@ -116,7 +117,7 @@ FULL = JobSpec(
     backoff=timedelta(0),
     backoff_max=timedelta(days=7),
     timeout=timedelta(days=365),
-    queue_timeout=timedelta(microseconds=1),
+    queue_timeout=timedelta(days=364, microseconds=1),
     start_timeout=timedelta(days=1),
     ttl=timedelta(hours=1),
     grace=timedelta(minutes=10),
