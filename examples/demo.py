@@ -10,6 +10,7 @@ second agent resumes from the last checkpoint. Nothing is left running.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -23,6 +24,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import asyncpg
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -52,6 +54,7 @@ class Fleet:
 
     def __init__(self, directory: Path, database_url: str) -> None:
         self.directory = directory
+        self.database_url = database_url
         self._environment = {"LESSOR_SERVER_DATABASE_URL": database_url}
         self.children: dict[str, subprocess.Popen[str]] = {}
         self.address = ""
@@ -160,7 +163,7 @@ def train(client: lessor.Client, fleet: Fleet) -> lessor.Job:
                 if not killed_at and change.progress.fraction >= KILL_AT:
                     killed_at = kill_agent_of(client, fleet, job.id)
             elif killed_at and change.attempt == 2 and change.state is lessor.JobState.LEASED:
-                tell_take_over(client, job.id, killed_at)
+                tell_take_over(client, fleet, job.id, killed_at)
             if change.state is not None and change.state.is_terminal:
                 break
     return client.get(job)
@@ -181,12 +184,26 @@ def kill_agent_of(client: lessor.Client, fleet: Fleet, job_id: str) -> float:
     return time.monotonic()
 
 
-def tell_take_over(client: lessor.Client, job_id: str, killed_at: float) -> None:
+def reassigned_after_ms(fleet: Fleet) -> int:
+    """Returns how long after ttl + margin the lease of the dead agent's job was granted anew, in ms of lease time."""
+
+    async def look() -> int:
+        connection = await asyncpg.connect(fleet.database_url)
+        try:
+            waited = await connection.fetchval("SELECT offered_at - (SELECT min(renewed_at) FROM session) FROM lease")
+        finally:
+            await connection.close()
+        return int(waited) - (TTL + timing.margin(TTL)) // timedelta(milliseconds=1)
+
+    return asyncio.run(look())
+
+
+def tell_take_over(client: lessor.Client, fleet: Fleet, job_id: str, killed_at: float) -> None:
     """Says who has the job now, and since when."""
     job = client.get(job_id)
     say(
         f"the lease expired; [bold]{job.agent}[/] has the job, {time.monotonic() - killed_at:.1f} s after the kill "
-        f"(fencing token {job.lease_id})"
+        f"and {reassigned_after_ms(fleet)} ms after ttl + margin (fencing token {job.lease_id})"
     )
 
 
