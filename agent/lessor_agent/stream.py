@@ -24,7 +24,7 @@ MAX_OUTBOX_BYTES = 32 * 1024 * 1024
 MAX_OUTBOX_MESSAGES = 10_000
 """A stream that lets more pile up is stuck and given up; what was durable is sent again on the next."""
 
-GOODBYE_WAIT_S = 1.0
+GOODBYE_WAIT_S = 3.0
 """How long a Goodbye may take to reach the server."""
 
 CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
