@@ -7,8 +7,6 @@ import uuid
 from collections.abc import Sequence
 from datetime import datetime
 
-import asyncpg
-
 from lessor.ids import encode_job_id
 from lessor.v1 import job_pb2, job_service_pb2
 from lessor_server.bells import Bells
@@ -16,7 +14,7 @@ from lessor_server.domain.errors import Contended, InvalidField, JobNotFound, Jo
 from lessor_server.domain.states import JobState
 from lessor_server.services.submission import Submission, prepare_all
 from lessor_server.store.catalog import Catalog
-from lessor_server.store.database import Database, guarded
+from lessor_server.store.database import Database
 from lessor_server.store.group_commit import GroupCommit
 from lessor_server.store.submit import JobRow, Request, Submitted, submit_batch, submit_deduped
 
@@ -138,7 +136,7 @@ class Jobs:
         results.update((row["job_id"], job_service_pb2.CANCEL_RESULT_REQUESTED) for row in rows)
 
     async def _look_for_ended(self, numbers: list[int], results: dict[int, int]) -> None:
-        rows = await self._fetch(
+        rows = await self._database.query(
             "SELECT n.id, j.id IS NULL AS unknown, a.job_id IS NOT NULL AS ended FROM unnest($1::bigint[]) AS n (id) "
             "LEFT JOIN job AS j ON j.id = n.id LEFT JOIN attempt AS a ON a.job_id = n.id AND a.final_state IS NOT NULL",
             numbers,
@@ -160,7 +158,7 @@ class Jobs:
             RequestIdReused: The request_id was used for something else.
             DatabaseUnavailable: The outcome is unknown; repeating with the same request_id is safe.
         """
-        rows = await self._fetch(
+        rows = await self._database.query(
             "SELECT j.spec, a.final_state FROM job AS j "
             "LEFT JOIN attempt AS a ON a.job_id = j.id AND a.final_state IS NOT NULL WHERE j.id = $1",
             job_number,
@@ -191,16 +189,10 @@ class Jobs:
         return submitted.job_numbers[0]
 
     async def _state(self, job_number: int) -> JobState:
-        rows = await self._fetch("SELECT phase FROM lease WHERE job_id = $1", job_number)
+        rows = await self._database.query("SELECT phase FROM lease WHERE job_id = $1", job_number)
         if not rows:
             return JobState.QUEUED
         return JobState.LEASED if rows[0]["phase"] <= 2 else JobState.RUNNING
-
-    async def _fetch(self, text: str, *arguments: object) -> list[asyncpg.Record]:
-        async def run() -> list[asyncpg.Record]:
-            return await self._database.pool.fetch(text, *arguments)
-
-        return await guarded(run)
 
 
 def _bytes_of(request: Request) -> int:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-import asyncpg
-
 from lessor_server.domain.errors import QueueNotFound
 from lessor_server.domain.shape import Shape
-from lessor_server.store.database import Database, guarded
+from lessor_server.store.database import Database
 
 
 class Catalog:
@@ -28,7 +26,7 @@ class Catalog:
             QueueNotFound: There is none of that name.
         """
         if name not in self._queues:
-            rows = await self._fetch("SELECT id FROM queue WHERE name = $1", name)
+            rows = await self._database.query("SELECT id FROM queue WHERE name = $1", name)
             if not rows:
                 raise QueueNotFound(name)
             self._queues[name] = rows[0]["id"]
@@ -38,12 +36,12 @@ class Catalog:
         """Returns the number of a shape, which is stored if it is new."""
         if shape not in self._shape_ids:
             digest = shape.digest()
-            await self._fetch(
+            await self._database.query(
                 "INSERT INTO shape (digest, spec) VALUES ($1, CAST($2 AS jsonb)) ON CONFLICT DO NOTHING",
                 digest,
                 json.dumps(shape.to_json()),
             )
-            (row,) = await self._fetch("SELECT id FROM shape WHERE digest = $1", digest)
+            (row,) = await self._database.query("SELECT id FROM shape WHERE digest = $1", digest)
             self._shape_ids[shape] = row["id"]
             self._shapes[row["id"]] = shape
         return self._shape_ids[shape]
@@ -53,14 +51,8 @@ class Catalog:
         wanted = set(ids)
         missing = [number for number in wanted if number not in self._shapes]
         if missing:
-            for row in await self._fetch("SELECT id, spec FROM shape WHERE id = ANY($1)", missing):
+            for row in await self._database.query("SELECT id, spec FROM shape WHERE id = ANY($1)", missing):
                 shape = Shape.from_json(row["spec"])
                 self._shapes[row["id"]] = shape
                 self._shape_ids[shape] = row["id"]
         return {number: self._shapes[number] for number in wanted}
-
-    async def _fetch(self, text: str, *arguments: object) -> list[asyncpg.Record]:
-        async def run() -> list[asyncpg.Record]:
-            return await self._database.pool.fetch(text, *arguments)
-
-        return await guarded(run)

@@ -3,15 +3,15 @@
 Two doors to one database: asyncpg's own pool for the contended statements of
 ``sql/``, whose batches are its field, and a SQLAlchemy engine for the rest.
 Database work runs in tasks of the server, never inside an RPC handler's own
-task: a cancelled stream must not cancel a commit (see :mod:`.batch`).
+task: a cancelled stream must not cancel a commit (see :mod:`.group_commit`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol, TypeVar
 
 import asyncpg
@@ -190,6 +190,18 @@ class Database:
 
         return await guarded(run)
 
+    async def query(self, text: str, *arguments: Any) -> list[asyncpg.Record]:
+        """Runs one statement that is not of ``sql/``, with $1, $2, …, as :meth:`fetch` does.
+
+        Raises:
+            DatabaseUnavailable: The connection failed; the outcome is unknown.
+        """
+
+        async def run() -> list[asyncpg.Record]:
+            return await self.pool.fetch(text, *arguments)
+
+        return await guarded(run)
+
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Transaction]:
         """Opens a transaction of several statements on one connection.
@@ -210,16 +222,9 @@ class Database:
         Raises:
             DatabaseUnavailable: The connection failed; the outcome is unknown.
         """
-        try:
+        with _outages_named():
             async with self._engine.begin() as connection:
                 yield connection
-        except sqlalchemy_errors.DBAPIError as error:
-            cause = error.orig.__cause__ if error.orig is not None else None
-            if error.connection_invalidated or isinstance(cause, _UNAVAILABLE):
-                raise DatabaseUnavailable(str(cause or error.orig)) from error
-            raise
-        except (sqlalchemy_errors.TimeoutError, *_UNAVAILABLE) as error:
-            raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
@@ -228,16 +233,23 @@ class Database:
         Raises:
             DatabaseUnavailable: The connection failed.
         """
-        try:
+        with _outages_named():
             async with self._engine.connect() as connection:
                 yield await connection.execution_options(isolation_level="AUTOCOMMIT")
-        except sqlalchemy_errors.DBAPIError as error:
-            cause = error.orig.__cause__ if error.orig is not None else None
-            if error.connection_invalidated or isinstance(cause, _UNAVAILABLE):
-                raise DatabaseUnavailable(str(cause or error.orig)) from error
-            raise
-        except (sqlalchemy_errors.TimeoutError, *_UNAVAILABLE) as error:
-            raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _outages_named() -> Iterator[None]:
+    """Turns what SQLAlchemy raises when the database is out of reach into DatabaseUnavailable."""
+    try:
+        yield
+    except sqlalchemy_errors.DBAPIError as error:
+        cause = error.orig.__cause__ if error.orig is not None else None
+        if error.connection_invalidated or isinstance(cause, _UNAVAILABLE):
+            raise DatabaseUnavailable(str(cause or error.orig)) from error
+        raise
+    except (sqlalchemy_errors.TimeoutError, *_UNAVAILABLE) as error:
+        raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
 
 
 class Transaction:

@@ -16,7 +16,7 @@ import asyncpg
 from sqlalchemy import Executable, Row, Select
 from sqlalchemy.dialects.postgresql import asyncpg as asyncpg_dialect
 
-from lessor_server.store.database import Database, guarded
+from lessor_server.store.database import Database
 
 T = TypeVar("T")
 Rows: TypeAlias = Sequence[Row[*tuple[Any, ...]]]
@@ -65,11 +65,7 @@ async def plain_rows(
     text, names, constants = _compiled(query)
     values = {**constants, **(parameters or {})}
     arguments = [values[name] for name in names]
-
-    async def read() -> list[asyncpg.Record]:
-        return await database.pool.fetch(text, *arguments)
-
-    return await undisturbed(guarded(read))
+    return await undisturbed(database.query(text, *arguments))
 
 
 async def rows(database: Database, query: Executable, parameters: Mapping[str, Any] | None = None) -> Rows:
