@@ -133,22 +133,20 @@ class Outbox:
         self._bytes = 0
         self._filled = asyncio.Event()
         self._over = False
+        self.has_goodbye = False
+        """A Goodbye was put, sent yet or not."""
 
     def put(self, message: pb.ConnectRequest, *, urgent: bool = False) -> None:
         """Adds a message."""
         (self._urgent if urgent else self._normal).append(message)
         self._bytes += message.ByteSize()
+        self.has_goodbye = self.has_goodbye or message.HasField("goodbye")
         self._filled.set()
 
     def end(self) -> None:
         """Takes no more: :meth:`get` ends once everything was taken."""
         self._over = True
         self._filled.set()
-
-    @property
-    def has_goodbye(self) -> bool:
-        """A Goodbye waits, or will never be needed less."""
-        return any(message.HasField("goodbye") for message in self._normal)
 
     async def get(self) -> pb.ConnectRequest | None:
         """Returns the next message; None: ended.

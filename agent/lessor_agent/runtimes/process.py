@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import random
 import signal
 import socket
 import sys
@@ -51,8 +52,8 @@ from lessor_agent.runtimes.workload_environment import check_strings, find_accou
 
 log = logging.getLogger(__name__)
 
-_MAX_ATTEMPTS = 4
-"""Tries of a start whose zygote died or whose lease another keeper was just leaving."""
+_MAX_ATTEMPTS = 8
+"""Tries of a start whose zygote died or whose lease another keeper was just taking or leaving."""
 _CONNECT_PAUSE_S = 0.01
 _CONNECT_PATIENCE_S = 5.0
 """How long a keeper that holds its lock, but does not listen, may take to begin or to end."""
@@ -199,7 +200,10 @@ class ProcessRuntime(Runtime):
     async def _set_keeper(self, spec: KeeperSpec, deadline_ns: int) -> ProcessExecution:
         lease_id, path = spec.lease_id, Path(spec.directory)
         reason = f"lease {lease_id}: keepers came and went {_MAX_ATTEMPTS} times; see {path}/keeper.log"
-        for _ in range(_MAX_ATTEMPTS):
+        for attempt in range(_MAX_ATTEMPTS):
+            if attempt > 0:
+                # Two that start one lease at the same pace would take its directory from each other each time.
+                await asyncio.sleep(random.uniform(0, _CONNECT_PAUSE_S * 2**attempt))
             found = await self._find(lease_id)
             if found is not None:
                 return found
