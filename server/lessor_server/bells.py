@@ -73,6 +73,12 @@ class Bells:
 
     planning: Bell = field(default_factory=Bell)
     """There may be something to place: a submit, an end, a new agent, a changed queue."""
+    waiting: Bell = field(default_factory=Bell)
+    """Jobs wait that the planner was not told of one by one: it reads what waits."""
+    fleet: Bell = field(default_factory=Bell)
+    """Agents came, went or have other room than the planner knows: it reads the fleet, in time."""
+    orders: Bell = field(default_factory=Bell)
+    """An operator changed an agent or a queue: the planner reads the fleet before it grants again."""
     events: Bell = field(default_factory=Bell)
     """Rows of ``event`` were committed."""
     grants: Bell = field(default_factory=Bell)
@@ -84,15 +90,22 @@ class Bells:
     on_changed: Callable[[], None] = lambda: None
     """Called by :meth:`changed`; the wake-up of other replicas hangs here."""
 
-    def changed(self, *, room: bool = True, leases: bool = False) -> None:
+    def changed(
+        self, *, waiting: bool = False, fleet: bool = False, orders: bool = False, leases: bool = False
+    ) -> None:
         """Says that jobs changed state: watchers look, here and on the other replicas.
 
         Args:
-            room: Something waits or became free, so the planner looks too.
+            waiting: Jobs may wait that the planner does not know of.
+            fleet: Agents may have room that the planner does not know of.
+            orders: An operator has changed an agent or a queue.
             leases: Leases were granted or asked back, so they are delivered too.
         """
         self.events.ring()
-        if room:
+        for bell, rings in ((self.waiting, waiting), (self.fleet, fleet), (self.orders, orders)):
+            if rings:
+                bell.ring()
+        if waiting or fleet or orders:
             self.planning.ring()
         if leases:
             self.grants.ring()

@@ -20,6 +20,16 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
+def command(arguments: Sequence[str], parent_pid: int) -> list[str]:
+    """Returns what to execute to run this Python with ``arguments`` as a child of ``parent_pid``.
+
+    The child gets SIGTERM when the thread that started it ends.
+    """
+    # The launcher needs the standard library alone, whatever lies in the working directory.
+    launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER]
+    return [*launcher, str(parent_pid), sys.executable, *arguments]
+
+
 def start(arguments: Sequence[str], log: Path, parent_pid: int) -> subprocess.Popen[str]:
     """Starts this Python with ``arguments``; its standard error goes to ``log``, its output to a pipe.
 
@@ -27,7 +37,7 @@ def start(arguments: Sequence[str], log: Path, parent_pid: int) -> subprocess.Po
     """
     with log.open("ab") as stream:
         return subprocess.Popen(
-            [sys.executable, "-c", _LAUNCHER, str(parent_pid), sys.executable, *arguments],
+            command(arguments, parent_pid),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=stream,

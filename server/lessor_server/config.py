@@ -14,9 +14,12 @@ from lessor.errors import InvalidArgument
 from lessor.log import LogFormat
 from lessor_server.maintenance.housekeeping import Retention
 
+MAX_WORKERS = 64
+"""More processes than this on one host are taken for a mistake."""
+
 
 class ServerSettings(BaseSettings):
-    """Settings of one server process."""
+    """Settings of a server: of its one process, or of each of its workers."""
 
     model_config = SettingsConfigDict(env_prefix="LESSOR_SERVER_", extra="ignore")
 
@@ -26,8 +29,10 @@ class ServerSettings(BaseSettings):
     """host:port; port 0 takes a free one."""
     insecure: bool = False
     """Listen on an address that others can reach, without encryption."""
+    workers: int = Field(default=1, ge=1, le=MAX_WORKERS)
+    """Processes that share the address; each is a replica with pools of its own."""
     pool_size: int = Field(default=10, ge=4, le=200)
-    """Most connections of each of the two pools."""
+    """Most connections of each of the two pools of a process."""
     log_format: LogFormat = "console"
     log_level: str = "info"
     keep_jobs_days: int = Field(default=90, ge=1)
@@ -41,6 +46,14 @@ class ServerSettings(BaseSettings):
 
 class ListenError(ValueError):
     """The address to listen on cannot be used; the message says what to change."""
+
+    @classmethod
+    def refused(cls, listen: str, error: OSError) -> ListenError:
+        """Returns the error for an address that the system refuses."""
+        return cls(
+            f"cannot listen on {listen}: {error.strerror or error}; "
+            "is another server running there? choose another --listen"
+        )
 
 
 def parse_listen(listen: str, *, insecure: bool) -> Address:

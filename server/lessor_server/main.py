@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ import uvloop
 from pydantic import ValidationError
 
 from lessor import log
+from lessor_server import workers as worker_processes
 from lessor_server.config import ListenError, ServerSettings
 from lessor_server.domain.errors import DatabaseUnavailable, LessorServerError
 
@@ -63,7 +65,13 @@ def serve(
     insecure: Annotated[
         bool | None, typer.Option("--insecure", help="Listen where other hosts can reach it, without encryption.")
     ] = None,
-    pool_size: Annotated[int | None, typer.Option(help="Database connections per pool  [default: 10]")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Server processes that share the address, each with its own pools  [default: 1]"),
+    ] = None,
+    pool_size: Annotated[
+        int | None, typer.Option(help="Database connections in each of a process's two pools  [default: 10]")
+    ] = None,
     keep_jobs_days: Annotated[int | None, typer.Option(help="Keep ended jobs this long  [default: 90]")] = None,
     log_format: Annotated[str | None, typer.Option(help="console or json  [default: console]")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error  [default: info]")] = None,
@@ -75,15 +83,17 @@ def serve(
         database_url=database_url,
         listen=listen,
         insecure=insecure,
+        workers=workers,
         pool_size=pool_size,
         keep_jobs_days=keep_jobs_days,
         log_format=log_format,
         log_level=log_level,
     )
-    log.configure(settings.log_format, settings.log_level)
-    # It tells on INFO which of its own plugins it has found.
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    uvloop.run(_serve(settings))
+    configure_logging(settings)
+    if settings.workers > 1:
+        asyncio.run(worker_processes.serve(settings))
+    else:
+        uvloop.run(serve_here(settings))
 
 
 @app.command("migrate")
@@ -96,7 +106,26 @@ def migrate_command(database_url: DatabaseUrl = None) -> None:
     typer.echo(f"the database is at schema {migrate.head_revision()}")
 
 
-async def _serve(settings: ServerSettings) -> None:
+def configure_logging(settings: ServerSettings) -> None:
+    """Sets up logging as the settings say.
+
+    Raises:
+        ValueError: Unknown level.
+    """
+    log.configure(settings.log_format, settings.log_level)
+    # It tells on INFO which of its own plugins it has found.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+async def serve_here(settings: ServerSettings) -> None:
+    """Runs one replica in this process until SIGTERM or SIGINT.
+
+    Prints the line with the address once it listens.
+
+    Raises:
+        StartError: A part of it broke.
+        Exception: It cannot start; see :meth:`lessor_server.server.Server.start`.
+    """
     # Imported here: `lessor server --help` and `migrate` need none of it.
     from lessor_server.server import Server
 
@@ -124,30 +153,38 @@ async def _serve(settings: ServerSettings) -> None:
 
 def main(argv: list[str]) -> int:
     """Runs ``lessor server`` with these arguments. Returns the exit code: 0, 1 (it cannot run) or 2 (usage)."""
+    code, message = outcome(lambda: app(args=argv, prog_name="lessor server", standalone_mode=False))
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def outcome(run: Callable[[], object]) -> tuple[int, str]:
+    """Runs it; returns the exit code, and in one line what went wrong and what to do (empty: nothing did).
+
+    Raises:
+        Exception: What nobody expected.
+    """
     try:
-        app(args=argv, prog_name="lessor server", standalone_mode=False)
+        run()
     except (StartError, ListenError, ValueError) as error:
-        return _fail(str(error), 2)
+        return 2, str(error)
+    except worker_processes.WorkerError as error:
+        return error.code, str(error)
     except DatabaseUnavailable as error:
-        return _fail(
+        return 1, (
             f"the database does not answer ({error.details['cause']}): is it running, and is --database-url "
-            "(or LESSOR_SERVER_DATABASE_URL) right?",
-            1,
+            "(or LESSOR_SERVER_DATABASE_URL) right?"
         )
     except LessorServerError as error:
-        return _fail(error.message, 1)
+        return 1, error.message
     except typer.Exit as leave:
-        return leave.exit_code
+        return leave.exit_code, ""
     except typer.Abort:
-        return 130
+        return 130, ""
     except Exception as error:
         # Click's usage errors carry their own text and code.
         if hasattr(error, "format_message"):
-            return _fail(error.format_message(), 2)
+            return 2, error.format_message()
         raise
-    return 0
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
+    return 0, ""

@@ -16,8 +16,11 @@ from lessor_server.config import ListenError, ServerSettings, parse_listen
 from lessor_server.maintenance.housekeeping import Housekeeping
 from lessor_server.maintenance.leadership import Leadership
 from lessor_server.maintenance.reaper import Reaper
+from lessor_server.planner.model import Policy
 from lessor_server.rpc.endpoint import Endpoint
 from lessor_server.services.jobs import Jobs
+from lessor_server.services.lines import Lines
+from lessor_server.services.picture import Picture
 from lessor_server.services.planning import Planning
 from lessor_server.sessions.commits import AgentCommits
 from lessor_server.sessions.delivery import Delivery
@@ -75,11 +78,16 @@ class Server:
         delivery = Delivery(self._database, streams, bells)
         wakeups = Wakeups(self._database.url, bells, self.replica)
         self._leadership = Leadership(self._database, self.replica, time.monotonic)
-        self._jobs = Jobs(self._database, catalog, bells)
-        self._commits = AgentCommits(self._database, bells)
+        policy = Policy()
+        lines = Lines(self._database, catalog, bells)
+        picture = Picture(self._database, bells, policy)
+        self._jobs = Jobs(self._database, catalog, bells, lines)
+        self._commits = AgentCommits(self._database, bells, picture)
         self._agents = AgentServicer(self._database, streams, self._commits, delivery, readings, bells, self.replica)
-        self._endpoint = Endpoint(self._database, catalog, bells, self._jobs, self._agents)
-        planning = Planning(self._database, catalog, self._leadership, delivery, bells)
+        self._endpoint = Endpoint(
+            self._database, catalog, bells, self._jobs, self._agents, shared_port=self.settings.workers > 1
+        )
+        planning = Planning(self._database, self._leadership, picture, lines, delivery, bells, policy=policy)
         reaper = Reaper(self._database, self._leadership, bells)
         housekeeping = Housekeeping(self._database, self._leadership, self.settings.retention)
         self._jobs.start()
@@ -91,10 +99,7 @@ class Server:
         except OSError as error:
             await self._jobs.close()
             await self._commits.close()
-            raise ListenError(
-                f"cannot listen on {self.settings.listen}: {error.strerror or error}; "
-                "is another server running there? choose another --listen"
-            ) from None
+            raise ListenError.refused(self.settings.listen, error) from None
         for name, work in {
             "leadership": self._leadership.run(),
             "planning": planning.run(),

@@ -67,6 +67,8 @@ class Wakeups:
     def _heard(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
         if payload == self._replica:
             return
+        self._bells.waiting.ring()
+        self._bells.fleet.ring()
         self._bells.planning.ring()
         self._bells.events.ring()
         self._bells.grants.ring()

@@ -15,6 +15,7 @@ from lessor.v1 import agent_service_pb2_grpc
 from lessor_server.bells import Bells
 from lessor_server.rpc.endpoint import Endpoint
 from lessor_server.services.jobs import Jobs
+from lessor_server.services.lines import Lines
 from lessor_server.store.catalog import Catalog
 from lessor_server.store.database import Database
 from tests.support.postgres import PostgresServer
@@ -49,7 +50,7 @@ class ServerThread:
     async def _start(self, database_url: str) -> None:
         self._database = await Database.connect(database_url, pool_size=5)
         catalog, self.bells = Catalog(self._database), Bells()
-        self._jobs = Jobs(self._database, catalog, self.bells)
+        self._jobs = Jobs(self._database, catalog, self.bells, Lines(self._database, catalog, self.bells))
         self._jobs.start()
         self._endpoint = Endpoint(self._database, catalog, self.bells, self._jobs, NoAgents())
         self.port = await self._endpoint.start("127.0.0.1", 0)

@@ -15,7 +15,7 @@ import pytest
 
 import lessor
 from lessor import JobState
-from tests.support.cluster import LESSOR, Cluster
+from tests.support.cluster import LESSOR, Cluster, running_cluster
 
 pytestmark = pytest.mark.e2e
 
@@ -180,40 +180,61 @@ def server(database_url: str, *flags: str) -> Ran:
     return run("server", "--listen", "127.0.0.1:0", *flags, LESSOR_SERVER_DATABASE_URL=database_url)
 
 
-def test_a_server_without_a_database() -> None:
-    run("server").refused("--database-url", "lessor dev", code=2)
-    server(f"postgresql://postgres@{NOBODY_LISTENS}/lessor").refused("database", "--database-url", code=1)
+WORKERS = pytest.mark.parametrize("flags", [(), ("--workers", "2")], ids=["one process", "workers"])
+
+
+@WORKERS
+def test_a_server_without_a_database(flags: tuple[str, ...]) -> None:
+    run("server", *flags).refused("--database-url", "lessor dev", code=2)
+    server(f"postgresql://postgres@{NOBODY_LISTENS}/lessor", *flags).refused("database", "--database-url", code=1)
     run("server", "migrate", "--database-url", f"postgresql://postgres@{NOBODY_LISTENS}/lessor").refused(
         "database", "--database-url", code=1
     )
-    server("mysql://root@127.0.0.1/lessor").refused("mysql://", "postgresql://", code=2)
+    server("mysql://root@127.0.0.1/lessor", *flags).refused("mysql://", "postgresql://", code=2)
 
 
-async def test_a_server_on_a_database_that_does_not_exist(empty_database_url: str) -> None:
-    ran = await asyncio.to_thread(server, f"{empty_database_url}_not")
+def test_settings_of_a_server_that_are_out_of_range() -> None:
+    url = "postgresql://postgres@127.0.0.1/lessor"
+    server(url, "--workers", "0").refused("workers", "greater than or equal to 1", "got 0", code=2)
+    server(url, "--workers", "65").refused("workers", "less than or equal to 64", "got 65", code=2)
+    server(url, "--pool-size", "3").refused("pool_size", "greater than or equal to 4", "got 3", code=2)
+    named = run("server", LESSOR_SERVER_DATABASE_URL=url, LESSOR_SERVER_WORKERS="many")
+    named.refused("workers", "integer", "many", code=2)
+    server(url, "--workers", "2", "--log-level", "loud").refused("log level", "loud", "warning", code=2)
+
+
+@WORKERS
+async def test_a_server_on_a_database_that_does_not_exist(empty_database_url: str, flags: tuple[str, ...]) -> None:
+    ran = await asyncio.to_thread(server, f"{empty_database_url}_not", *flags)
     ran.refused("database", "does not exist", code=1)
 
 
+@WORKERS
 async def test_a_server_on_a_schema_that_is_not_its_own(
-    empty_database_url: str, database_url: str, pool: asyncpg.Pool
+    empty_database_url: str, database_url: str, pool: asyncpg.Pool, flags: tuple[str, ...]
 ) -> None:
-    (await asyncio.to_thread(server, empty_database_url)).refused("no Lessor schema", "lessor server migrate", code=1)
+    empty = await asyncio.to_thread(server, empty_database_url, *flags)
+    empty.refused("no Lessor schema", "lessor server migrate", code=1)
     await pool.execute("UPDATE alembic_version SET version_num = '9999_from_the_future'")
     for ran in (
-        await asyncio.to_thread(server, database_url),
+        await asyncio.to_thread(server, database_url, *flags),
         await asyncio.to_thread(run, "server", "migrate", "--database-url", database_url),
     ):
         ran.refused("9999_from_the_future", "does not know", "newer", code=1)
     assert await pool.fetchval("SELECT version_num FROM alembic_version") == "9999_from_the_future"
 
 
-async def test_a_server_that_cannot_listen(cluster: Cluster, database_url: str) -> None:
-    busy = await asyncio.to_thread(server, database_url, "--listen", cluster.address)
-    busy.refused(cluster.address, "in use", "--listen")
-    (await asyncio.to_thread(server, database_url, "--listen", "0.0.0.0:0")).refused("--insecure", "127.0.0.1", code=2)
-    (await asyncio.to_thread(server, database_url, "--listen", "nowhere")).refused("--listen", "nowhere", code=2)
-    # The one that has the port goes on.
-    assert (await asyncio.to_thread(run, "ps", LESSOR_ADDRESS=cluster.address)).code == 0
+@WORKERS
+async def test_a_server_that_cannot_listen(database_url: str, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    for which, running in enumerate([(), ("--workers", "2")]):
+        (directory := tmp_path / str(which)).mkdir()
+        async with running_cluster(database_url, directory, *running) as cluster:
+            busy = await asyncio.to_thread(server, database_url, "--listen", cluster.address, *flags)
+            busy.refused(f"cannot listen on {cluster.address}: Address already in use", "--listen", code=2)
+            # The one that has the port goes on.
+            assert (await asyncio.to_thread(run, "ps", LESSOR_ADDRESS=cluster.address)).code == 0
+    for listen, words in {"0.0.0.0:0": ("--insecure", "127.0.0.1"), "nowhere": ("--listen", "nowhere")}.items():
+        (await asyncio.to_thread(server, database_url, "--listen", listen, *flags)).refused(*words, code=2)
 
 
 async def test_bad_flags_of_an_agent(cluster: Cluster, tmp_path: Path, pool: asyncpg.Pool) -> None:

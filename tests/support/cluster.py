@@ -81,10 +81,11 @@ class Cluster:
         self._started.append(process)
         return process
 
-    async def start_server(self, listen: str = "127.0.0.1:0") -> None:
+    async def start_server(self, listen: str = "127.0.0.1:0", *flags: str) -> None:
         """Starts the server and waits until it listens."""
-        environment = {"LESSOR_SERVER_DATABASE_URL": self.database_url}
-        self.server = self.spawn("server", ["server", "--listen", listen], environment)
+        # Workers inherit the directory, so that they can be found again.
+        environment = {"LESSOR_SERVER_DATABASE_URL": self.database_url, "TMPDIR": str(self.directory)}
+        self.server = self.spawn("server", ["server", "--listen", listen, *flags], environment)
         assert self.server.stdout is not None
         line = await asyncio.to_thread(self.server.stdout.readline)
         assert line, (self.directory / "server.log").read_text()
@@ -135,11 +136,11 @@ def processes_of(directory: Path) -> list[int]:
 
 
 @asynccontextmanager
-async def running_cluster(database_url: str, directory: Path) -> AsyncIterator[Cluster]:
-    """A cluster with a server; agents are the test's."""
+async def running_cluster(database_url: str, directory: Path, *flags: str) -> AsyncIterator[Cluster]:
+    """A cluster with a server, which may have flags of its own; agents are the test's."""
     cluster = Cluster(database_url, directory)
     try:
-        await cluster.start_server()
+        await cluster.start_server("127.0.0.1:0", *flags)
         yield cluster
     finally:
         await cluster.stop()

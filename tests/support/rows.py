@@ -127,10 +127,10 @@ class Rows:
         """Adds a live lease; returns its number."""
         lease_id: int = await self.pool.fetchval(
             "INSERT INTO lease (job_id, lease_id, session_id, agent_id, attempt, phase, queue_id, shape_id, priority, "
-            "failures, losses, max_failures, max_losses, backoff_initial_ms, backoff_max_ms, deduped, ttl_ms, "
+            "failures, losses, max_failures, max_losses, backoff_initial_ms, backoff_max_ms, dedupe_key, ttl_ms, "
             "gpu_uuids, offered_at, granted_at, started_at, cancel_requested, outcome) "
             "SELECT id, nextval('lease_number'), $2, $3, $4, $5, queue_id, shape_id, priority, $6, $7, max_failures, "
-            "max_losses, backoff_initial_ms, backoff_max_ms, false, ttl_ms, $8, 0, now(), $9, $10, $11 "
+            "max_losses, backoff_initial_ms, backoff_max_ms, dedupe_key, ttl_ms, $8, 0, now(), $9, $10, $11 "
             "FROM job WHERE id = $1 RETURNING lease_id",
             number, session, agent_id, attempt, phase, columns.get("failures", 0), columns.get("losses", 0), list(gpus),
             started_at, columns.get("cancel_requested", False), columns.get("outcome"),

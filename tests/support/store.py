@@ -16,7 +16,9 @@ from lessor.v1 import job_pb2
 from lessor_server.bells import Bells
 from lessor_server.maintenance.reaper import LEASE_EXPIRED
 from lessor_server.services.jobs import Jobs
+from lessor_server.services.lines import Lines
 from lessor_server.store.catalog import Catalog
+from lessor_server.store.claims import Offer, claim
 from lessor_server.store.database import Database
 from lessor_server.store.hello import AgentFacts, GpuFacts, SessionGrant, commit_session
 from lessor_server.store.reports import Checkpoint, Committed, End, Phase, Report, Verdict, commit_reports
@@ -46,7 +48,8 @@ class Store:
         self.database = database
         self.catalog = Catalog(database)
         self.bells = Bells()
-        self.jobs = Jobs(database, self.catalog, self.bells)
+        self.lines = Lines(database, self.catalog, self.bells)
+        self.jobs = Jobs(database, self.catalog, self.bells, self.lines)
         self.epoch = 0
 
     async def lead(self, holder: str = "test") -> int:
@@ -84,15 +87,8 @@ class Store:
         gpus: Sequence[str] = (),
     ) -> list[Leased]:  # fmt: skip
         """Claims jobs for a session; returns the leases made."""
-        rows = await self.database.fetch(
-            "claim",
-            epoch=self.epoch if epoch is None else epoch,
-            now=None,
-            job_ids=list(jobs),
-            session_ids=[session.session_id] * len(jobs),
-            epochs=[session.epoch] * len(jobs),
-            gpu_uuids=[",".join(gpus)] * len(jobs),
-        )
+        offers = [Offer(job, session.session_id, session.epoch, gpus) for job in jobs]
+        rows = await claim(self.database, self.epoch if epoch is None else epoch, offers)
         return [Leased(row["job_id"], row["lease_id"], session, agent_id) for row in rows]
 
     async def report(self, lease: Leased, *events: Phase | Checkpoint | End) -> list[Verdict]:

@@ -79,7 +79,7 @@ class Reaper:
             changed |= bool(asked or finished)
         self._ticks += 1
         if changed:
-            self._bells.changed(leases=True)
+            self._bells.changed(waiting=True, fleet=True, leases=True)
 
     async def _expire(self, epoch: int) -> bool:
         any_expired = False

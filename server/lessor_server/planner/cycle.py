@@ -1,7 +1,8 @@
 """The planning cycle.
 
 ``plan`` is a pure function of a snapshot: the same input gives the same plan,
-in whatever order the agents and groups are listed.
+in whatever order the agents and groups are listed. ``plan_on`` is the same on a
+ground that lives on from cycle to cycle.
 
 Order is strict: priority, then age, over all queues. A job that does not fit now
 does not keep back those behind it. Work is done per shape: when one job of a
@@ -37,11 +38,9 @@ class Cycle:
         KeyError: A group's queue is not among ``queues``.
     """
 
-    def __init__(
-        self, fleet: Iterable[Agent], groups: Sequence[Group], queues: Mapping[int, Queue], max_offers: int
-    ) -> None:
-        self.fleet = tuple(fleet)
-        self.ground = Ground(self.fleet, max_offers)
+    def __init__(self, ground: Ground, groups: Sequence[Group], queues: Mapping[int, Queue]) -> None:
+        self.ground = ground
+        """What is free; the cycle takes from it."""
         self.queues = {group.queue_id: queues[group.queue_id] for group in groups}
         self.running = {queue_id: queue.running for queue_id, queue in self.queues.items()}
         """queue_id → its leases, those of this cycle included."""
@@ -112,7 +111,12 @@ def plan(fleet: Iterable[Agent], groups: Sequence[Group], queues: Mapping[int, Q
         KeyError: A group's queue is missing.
         ValueError: A group's candidates are out of order.
     """
-    cycle = Cycle(fleet, groups, queues, policy.max_offers)
+    return plan_on(Ground(fleet, policy.max_offers), groups, queues, policy)
+
+
+def plan_on(ground: Ground, groups: Sequence[Group], queues: Mapping[int, Queue], policy: Policy) -> Plan:
+    """Plans as :func:`plan` does, and takes what it grants from ``ground``."""
+    cycle = Cycle(ground, groups, queues)
     grants: list[Grant] = []
     granted: dict[tuple[int, int], int] = {}
     reasons: dict[tuple[int, int], PendingReason] = {}

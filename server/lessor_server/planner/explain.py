@@ -27,6 +27,7 @@ from lessor_server.planner.describe import (
 )
 from lessor_server.planner.fit import at_gpu_limit, at_running_limit
 from lessor_server.planner.model import Agent, Candidate, Grant, Group, Policy, Queue
+from lessor_server.planner.placement import Ground
 from lessor_server.planner.reasons import PendingReason, Reason
 
 
@@ -77,14 +78,15 @@ def explain(
         return [Reason(PendingReason.LEASED, f"{on} has a lease for it and prepares the start")]
     if job.state is not JobState.QUEUED:
         return [Reason(PendingReason.NOT_PENDING, f"the job is {job.state.name}: nothing is pending")]
-    cycle = Cycle(fleet, _with(job, groups), queues, policy.max_offers)
+    fleet = tuple(fleet)
+    cycle = Cycle(Ground(fleet, policy.max_offers), _with(job, groups), queues)
     grant = _run_to(job, cycle)
     reasons = _backoff(job)
     if grant is not None:
         if not reasons:
-            reasons.append(_starting(grant, cycle))
+            reasons.append(_starting(grant, fleet))
         return reasons
-    return reasons + _queue_reasons(job, cycle) + _placement_reasons(job, cycle)
+    return reasons + _queue_reasons(job, cycle) + _placement_reasons(job, cycle, fleet)
 
 
 def _with(job: Subject, groups: Sequence[Group]) -> list[Group]:
@@ -128,8 +130,8 @@ def _backoff(job: Subject) -> list[Reason]:
     ]
 
 
-def _starting(grant: Grant, cycle: Cycle) -> Reason:
-    name = next(agent.name for agent in cycle.fleet if agent.agent_id == grant.agent_id)
+def _starting(grant: Grant, fleet: Sequence[Agent]) -> Reason:
+    name = next(agent.name for agent in fleet if agent.agent_id == grant.agent_id)
     gpus = f" with {count_of(len(grant.gpu_uuids), 'GPU')}" if grant.gpu_uuids else ""
     return Reason(
         PendingReason.STARTING,
@@ -153,20 +155,20 @@ def _queue_reasons(job: Subject, cycle: Cycle) -> list[Reason]:
     return reasons
 
 
-def _placement_reasons(job: Subject, cycle: Cycle) -> list[Reason]:
+def _placement_reasons(job: Subject, cycle: Cycle, fleet: Sequence[Agent]) -> list[Reason]:
     """Returns why no agent has room for it; none when one has."""
     ranking = cycle.ground.ranking(job.shape_id, job.shape)
     if ranking.best() is not None:
         return []
     match cycle.ground.unplaceable_reason(ranking):
         case PendingReason.NO_AGENT_CONNECTED:
-            return [no_agent_reason(cycle.fleet)]
+            return [no_agent_reason(fleet)]
         case PendingReason.NO_AGENT_WITH_RUNTIME:
-            return [no_runtime_reason(cycle.fleet, job.shape)]
+            return [no_runtime_reason(fleet, job.shape)]
         case PendingReason.NO_AGENT_FITS_EVER:
-            return [never_fits_reason(cycle.fleet, job.shape)]
+            return [never_fits_reason(fleet, job.shape)]
         case _:
             lacking = [
                 (room.agent.name, ranking.shortfalls(room)) for room in cycle.ground.rooms if ranking.capable(room)
             ]
-            return [busy_reason(cycle.fleet, job.shape, lacking, job.ahead)]
+            return [busy_reason(fleet, job.shape, lacking, job.ahead)]

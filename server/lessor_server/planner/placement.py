@@ -1,15 +1,16 @@
-"""Room on agents during one planning cycle, and the best place for each shape.
+"""Room on agents, and the best place for each shape.
 
-Room only shrinks within a cycle. So an agent that cannot take a shape is never
-looked at again for it, and a shape that no agent can take is closed for good.
 Each shape keeps a heap of the agents with room for it, best fit first; an agent
 whose room changed is scored again when the shape next has its turn, so a job
 costs what changed since the last job of its shape, not the size of the fleet.
+Within a cycle room only shrinks: a shape that no agent can take is done with.
+Between cycles it is given back.
 """
 
 from __future__ import annotations
 
 import heapq
+from bisect import insort
 from collections.abc import Callable, Iterable
 
 from lessor_server.domain.shape import Selector, Shape
@@ -27,11 +28,17 @@ from lessor_server.planner.reasons import PendingReason
 _Entry = tuple[int, int, int, int, int]
 """GPUs, milli-CPUs and bytes left over; number of the agent; version of its room. Smaller is a better fit."""
 
+_CHANGES_KEPT = 1000
+"""At least so many changes of rooms are remembered, and as many as there are rooms; a shape that has missed more is
+ranked anew."""
+_RANKINGS_KEPT = 20_000
+
 
 class Room:
     """What is free on one agent that takes jobs."""
 
     __slots__ = (
+        "_kind_of",
         "agent",
         "cpu_free",
         "free_gpus",
@@ -58,13 +65,14 @@ class Room:
         self.offers_left = max_offers - agent.offers
         self.free_gpus: list[tuple[int, Gpu]] = sorted(
             ((kind_of(gpu.model, gpu.memory_bytes), gpu) for gpu in agent.gpus if gpu.uuid not in agent.gpus_used),
-            key=lambda item: (item[1].memory_bytes, item[1].index, item[1].uuid),
+            key=_smallest_first,
         )
         """(kind, GPU), smallest memory first, then by index."""
         self.gpu_kinds: dict[int, int] = {}
         """kind → free GPUs of it."""
         for kind, _ in self.free_gpus:
             self.gpu_kinds[kind] = self.gpu_kinds.get(kind, 0) + 1
+        self._kind_of = kind_of
 
     def take(self, shape: Shape, kinds: frozenset[int]) -> tuple[str, ...]:
         """Takes what ``shape`` needs, and returns the UUIDs of its GPUs by index on the host.
@@ -89,11 +97,36 @@ class Room:
         self.free_gpus = kept
         return tuple(gpu.uuid for gpu in sorted(taken, key=lambda gpu: (gpu.index, gpu.uuid)))
 
+    def give_back(self, shape: Shape, gpu_uuids: Iterable[str]) -> None:
+        """Gives back what :meth:`take` took, but for the offer."""
+        self.version += 1
+        self.cpu_free += shape.cpu_millis
+        self.memory_free += shape.memory_bytes
+        returned = frozenset(gpu_uuids)
+        if not returned:
+            return
+        free = {gpu.uuid for _, gpu in self.free_gpus}
+        for gpu in self.agent.gpus:
+            if gpu.uuid in returned and gpu.uuid not in free:
+                kind = self._kind_of(gpu.model, gpu.memory_bytes)
+                insort(self.free_gpus, (kind, gpu), key=_smallest_first)
+                self.gpu_kinds[kind] = self.gpu_kinds.get(kind, 0) + 1
+
+    def answered(self) -> None:
+        """Counts one offer less that waits for the agent's word."""
+        self.version += 1
+        self.offers_left += 1
+
+
+def _smallest_first(item: tuple[int, Gpu]) -> tuple[int, int, str]:
+    _, gpu = item
+    return gpu.memory_bytes, gpu.index, gpu.uuid
+
 
 class Ranking:
     """Agents with room for one shape, best fit first."""
 
-    __slots__ = ("_capable", "_ground", "_heap", "_mismatched", "_seen", "kinds", "shape")
+    __slots__ = ("_capable", "_fits_somewhere", "_ground", "_heap", "_mismatched", "_seen", "kinds", "shape")
 
     def __init__(self, ground: Ground, shape: Shape) -> None:
         self.shape = shape
@@ -102,25 +135,55 @@ class Ranking:
         self._capable: dict[int, bool] = {}
         """make → whether its runtimes and hardware do."""
         self._mismatched = ground.mismatched(shape)
-        self._seen = len(ground.changes)
-        self._heap: list[_Entry] = [entry for room in ground.rooms if (entry := self._entry(room)) is not None]
+        self._fits_somewhere: bool | None = None
+        self._seen = 0
+        self._heap: list[_Entry] = []
+        self._score_all()
+
+    def _score_all(self) -> None:
+        self._seen = self._ground.changed
+        self._heap = [entry for room in self._ground.rooms if (entry := self._entry(room)) is not None]
         heapq.heapify(self._heap)
 
     def best(self) -> Room | None:
-        """Returns the room to take; None: no agent has room, nor will in this cycle."""
-        rooms, changes = self._ground.rooms, self._ground.changes
-        if self._seen < len(changes):
-            for number in set(changes[self._seen :]):
-                entry = self._entry(rooms[number])
-                if entry is not None:
-                    heapq.heappush(self._heap, entry)
-            self._seen = len(changes)
-        while self._heap:
-            *_, number, version = self._heap[0]
-            if rooms[number].version == version:
-                return rooms[number]
-            heapq.heappop(self._heap)
+        """Returns the room to take; None: no agent has room."""
+        ground = self._ground
+        rooms = ground.rooms
+        if self._seen != ground.changed:
+            changes = ground.changes_since(self._seen)
+            if changes is None or len(self._heap) > 4 * len(rooms) + 64:
+                self._score_all()
+            else:
+                for number in changes:
+                    entry = self._entry(rooms[number])
+                    if entry is not None:
+                        heapq.heappush(self._heap, entry)
+                self._seen = ground.changed
+        heap = self._heap
+        while heap:
+            best = heap[0]
+            if rooms[best[3]].version == best[4]:
+                return rooms[best[3]]
+            heapq.heappop(heap)
         return None
+
+    def took(self, room: Room) -> None:
+        """Scores the room that :meth:`best` gave again, after a job of this very shape was placed there."""
+        ground = self._ground
+        if self._seen != ground.changed - 1 or not self._heap or self._heap[0][3] != room.number:
+            return
+        entry = self._entry(room)
+        if entry is None:
+            heapq.heappop(self._heap)
+        else:
+            heapq.heapreplace(self._heap, entry)
+        self._seen = ground.changed
+
+    def fits_somewhere(self) -> bool:
+        """Returns whether some agent that takes jobs would have room when idle."""
+        if self._fits_somewhere is None:
+            self._fits_somewhere = any(self.capable(room) for room in self._ground.rooms)
+        return self._fits_somewhere
 
     def shortfalls(self, room: Room) -> list[Shortfall]:
         """Returns what the room lacks now, of an agent that fits when idle."""
@@ -179,7 +242,11 @@ class Ranking:
 
 
 class Ground:
-    """The room of all agents that take jobs."""
+    """The room of all agents that take jobs.
+
+    What it knows of the agents themselves is as of its making; what is free on
+    them follows :meth:`take`, :meth:`give_back` and :meth:`answered`.
+    """
 
     def __init__(self, fleet: Iterable[Agent], max_offers: int) -> None:
         self._kinds: dict[tuple[str, int], int] = {}
@@ -187,8 +254,9 @@ class Ground:
         self._makes: dict[object, int] = {}
         self._mismatches: dict[tuple[Selector, ...], frozenset[int]] = {}
         self._rankings: dict[int, Ranking] = {}
-        self.changes: list[int] = []
-        """Numbers of the rooms that changed, in order."""
+        self._changes: list[int] = []
+        """Numbers of the rooms that changed, in order; the oldest may be left out."""
+        self._forgotten = 0
         connected = [agent for agent in fleet if agent.fresh]
         self._connected = bool(connected)
         self._runtimes: frozenset[str] = frozenset().union(*(agent.runtimes for agent in connected))
@@ -197,18 +265,58 @@ class Ground:
         self.rooms = [
             Room(agent, number, max_offers, self._make_of(agent), self._kind_of) for number, agent in enumerate(takers)
         ]
+        self._by_agent = {room.agent.agent_id: room for room in self.rooms}
 
     def ranking(self, shape_id: int, shape: Shape) -> Ranking:
         """Returns the ranking for a shape, made on first use."""
         ranking = self._rankings.get(shape_id)
         if ranking is None:
+            if len(self._rankings) >= _RANKINGS_KEPT:
+                # The one made first; a shape that is asked for again is ranked again.
+                del self._rankings[next(iter(self._rankings))]
             ranking = self._rankings[shape_id] = Ranking(self, shape)
         return ranking
 
+    @property
+    def changed(self) -> int:
+        """How many changes of rooms there were."""
+        return self._forgotten + len(self._changes)
+
+    def changes_since(self, count: int) -> Iterable[int] | None:
+        """Returns the numbers of the rooms that changed since :attr:`changed` was ``count``; None: too long ago."""
+        if count < self._forgotten:
+            return None
+        if self.changed - count == 1:
+            return self._changes[-1:]
+        return set(self._changes[count - self._forgotten :])
+
     def take(self, room: Room, ranking: Ranking) -> tuple[str, ...]:
         """Takes room for one job, and returns the UUIDs of its GPUs."""
-        self.changes.append(room.number)
-        return room.take(ranking.shape, ranking.kinds)
+        gpu_uuids = room.take(ranking.shape, ranking.kinds)
+        self._note(room)
+        ranking.took(room)
+        return gpu_uuids
+
+    def give_back(self, agent_id: str, shape: Shape, gpu_uuids: Iterable[str]) -> None:
+        """Gives back what a job had taken on an agent; nothing happens where the agent takes no jobs."""
+        room = self._by_agent.get(agent_id)
+        if room is not None:
+            room.give_back(shape, gpu_uuids)
+            self._note(room)
+
+    def answered(self, agent_id: str) -> None:
+        """Counts one offer less that waits for this agent's word."""
+        room = self._by_agent.get(agent_id)
+        if room is not None:
+            room.answered()
+            self._note(room)
+
+    def _note(self, room: Room) -> None:
+        self._changes.append(room.number)
+        keep = max(_CHANGES_KEPT, len(self.rooms))
+        if len(self._changes) > 2 * keep:
+            self._forgotten += len(self._changes) - keep
+            del self._changes[:-keep]
 
     def kinds_for(self, shape: Shape) -> frozenset[int]:
         """Returns the kinds of GPU that would do for ``shape``."""
@@ -230,7 +338,7 @@ class Ground:
             return PendingReason.NO_AGENT_CONNECTED
         if ranking.shape.runtime not in self._runtimes:
             return PendingReason.NO_AGENT_WITH_RUNTIME
-        if any(ranking.capable(room) for room in self.rooms):
+        if ranking.fits_somewhere():
             return PendingReason.FITS_BUT_BUSY
         return PendingReason.NO_AGENT_FITS_EVER
 

@@ -45,8 +45,6 @@ _OPTIONS = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),
-    # Two servers on one port would each get half of the agents; the second is to fail.
-    ("grpc.so_reuseport", 0),
 )
 
 SERVICES = tuple(
@@ -69,6 +67,8 @@ class Endpoint:
         bells: Bells,
         jobs: JobWrites,
         agents: agent_service_pb2_grpc.AgentServiceServicer,
+        *,
+        shared_port: bool = False,
     ) -> None:
         """
         Args:
@@ -77,7 +77,10 @@ class Endpoint:
             bells: Those of this replica.
             jobs: The write side of JobService.
             agents: Serves AgentService; it ends its streams itself.
+            shared_port: Other processes of this server listen on the port, too. Else two servers on one
+                port would each get half of the agents, and the second is to fail.
         """
+        self._shared_port = shared_port
         self._stopping = asyncio.Event()
         self._watches = Watches(database, bells)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
@@ -89,7 +92,7 @@ class Endpoint:
                 Wrapping(CallLifetime(self._stopping)),
                 Wrapping(CheckRequests()),
             ],
-            options=_OPTIONS,
+            options=(*_OPTIONS, ("grpc.so_reuseport", int(shared_port))),
         )
         job_service_pb2_grpc.add_JobServiceServicer_to_server(
             JobServicer(
@@ -113,14 +116,14 @@ class Endpoint:
         Raises:
             OSError: The address cannot be used.
         """
-        refusal = _why_not(host, port)
+        refusal = _why_not(host, port, self._shared_port)
         if refusal is not None and refusal.errno == errno.EADDRINUSE:
             # Asked first: grpc would say so on standard error, in a format of its own.
             raise refusal
         try:
             bound = self._server.add_insecure_port(_address(host, port))
         except RuntimeError as error:
-            raise _why_not(host, port) or OSError(errno.EADDRNOTAVAIL, str(error)) from None
+            raise _why_not(host, port, self._shared_port) or OSError(errno.EADDRNOTAVAIL, str(error)) from None
         await self._server.start()
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
@@ -146,13 +149,14 @@ def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _why_not(host: str, port: int) -> OSError | None:
+def _why_not(host: str, port: int, shared: bool) -> OSError | None:
     """Returns why nothing can listen there, which grpc keeps to itself; None: now it could."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, kind, protocol, _, address in found:
             with socket.socket(family, kind, protocol) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(shared))
                 probe.bind(address)
     except OSError as error:
         return error

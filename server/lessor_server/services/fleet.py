@@ -92,7 +92,7 @@ class Fleet:
         row = await self._find(named)
         if not await set_drained(self._database, row.id, drained):
             raise AgentNotFound(named)
-        self._bells.changed()
+        self._bells.changed(orders=True)
         return await self.agent(row.id)
 
     async def queues(self) -> list[pb.Queue]:
@@ -141,7 +141,7 @@ class Fleet:
         if changes:
             if not await update_queue(self._database, request.name, changes):
                 raise QueueNotFound(request.name)
-            self._bells.changed()
+            self._bells.changed(orders=True)
         return await self.queue(request.name)
 
     async def _find(self, named: str) -> AgentRow:

@@ -12,6 +12,7 @@ from lessor.v1 import job_pb2, job_service_pb2
 from lessor_server.bells import Bells
 from lessor_server.domain.errors import Contended, InvalidField, JobNotFound, JobNotTerminal, RequestIdReused
 from lessor_server.domain.states import JobState
+from lessor_server.services.lines import Arrival, Lines
 from lessor_server.services.submission import Submission, prepare_all
 from lessor_server.store.catalog import Catalog
 from lessor_server.store.database import Database
@@ -26,11 +27,14 @@ _MAX_BATCH_BYTES = 16 << 20
 class Jobs:
     """The writes of JobService. :meth:`start` it on the loop that uses it."""
 
-    def __init__(self, database: Database, catalog: Catalog, bells: Bells, *, now: datetime | None = None) -> None:
+    def __init__(
+        self, database: Database, catalog: Catalog, bells: Bells, lines: Lines, *, now: datetime | None = None
+    ) -> None:
         """``now`` stands still for tests; None: the database's clock."""
         self._database = database
         self._catalog = catalog
         self._bells = bells
+        self._lines = lines
         self._now = now
         self._submits: GroupCommit[Request, Submitted | RequestIdReused] = GroupCommit(
             "submit",
@@ -67,7 +71,7 @@ class Jobs:
         request = Request(principal, request_id, _fingerprint([s.spec for s in submissions]), jobs)
         if any(job.dedupe_key is not None for job in jobs):
             submitted = await submit_deduped(self._database, request, self._now)
-            self._bells.changed()
+            self._bells.changed(waiting=True)
             return submitted
         answer = await self._submits.commit(request)
         if isinstance(answer, RequestIdReused):
@@ -95,6 +99,15 @@ class Jobs:
 
     async def _flush_submits(self, requests: Sequence[Request]) -> list[Submitted | RequestIdReused]:
         answers = await submit_batch(self._database, requests, self._now)
+        # The planner is told first: it is what the caller waits for.
+        self._lines.arrived(
+            (
+                Arrival(number, job.queue_id, job.shape_id, job.priority)
+                for request, answer in zip(requests, answers, strict=True)
+                if isinstance(answer, Submitted) and not answer.existing
+                for job, number in zip(request.jobs, answer.job_numbers, strict=True)
+            )
+        )
         self._bells.changed()
         return answers
 
@@ -180,7 +193,7 @@ class Jobs:
         )
         if submission.dedupe_key is not None:
             submitted = await submit_deduped(self._database, request, self._now, moved_from=job_number)
-            self._bells.changed()
+            self._bells.changed(waiting=True)
         else:
             answer = await self._submits.commit(request)
             if isinstance(answer, RequestIdReused):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lessor import timing
 from lessor_server.bells import Bells
+from lessor_server.services.picture import Picture
 from lessor_server.store.database import Database
 from lessor_server.store.group_commit import GroupCommit
 from lessor_server.store.logs import Chunk, Position, ProgressRow, append, save_progress
@@ -28,9 +29,10 @@ class Renewal:
 class AgentCommits:
     """Commits what agents say: renewals, reports, logs and progress, each kind in its own batches."""
 
-    def __init__(self, database: Database, bells: Bells) -> None:
+    def __init__(self, database: Database, bells: Bells, picture: Picture) -> None:
         self._database = database
         self._bells = bells
+        self._picture = picture
         self._draining: dict[int, None] = {}
         """Jobs that wait for log bytes here, the oldest first."""
         self.renewals: GroupCommit[Renewal, bool] = GroupCommit(
@@ -69,16 +71,21 @@ class AgentCommits:
         return [r.session_id in renewed and latest[r.session_id] == r.epoch for r in renewals]
 
     async def _report(self, reports: Sequence[Report]) -> list[Verdict]:
+        mark = self._picture.mark()
         committed = await commit_reports(self._database, reports)
+        self._picture.answered(mark, [report.lease_id for report in reports])
+        self._picture.ended(mark, [lease_id for _, lease_id in committed.ended])
         for job in committed.draining_jobs:
             self._draining[job] = None
         while len(self._draining) > _MOST_DRAINING:
             # The oldest were ended by the leader or on another replica long ago.
             del self._draining[next(iter(self._draining))]
-        for job in committed.ended_jobs:
+        for job, _ in committed.ended:
             self._bells.logs.ring(job)
-        if committed.moved or committed.ended_jobs:
-            self._bells.changed(room=bool(committed.ended_jobs))
+        if committed.moved or committed.ended:
+            self._bells.changed(waiting=committed.may_wait_again)
+        if committed.ended:
+            self._bells.planning.ring()
         return committed.verdicts
 
     async def _append(self, chunks: Sequence[Chunk]) -> list[Position]:
@@ -90,7 +97,7 @@ class AgentCommits:
             for job in finished:
                 del self._draining[job]
             if finished:
-                self._bells.changed()
+                self._bells.changed(waiting=True)
         for job in jobs:
             self._bells.logs.ring(job)
         return [positions[chunk.lease_id] for chunk in chunks]

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any
 
 import asyncpg
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from lessor import timing
 from lessor.ids import decode_job_id, encode_job_id
 from lessor.lifecycle import LeasePhase, Outcome
 from lessor.v1 import agent_service_pb2 as pb
-from lessor.v1 import job_pb2
 from lessor_server.store.hello import AgentFacts, GpuFacts, Held
 from lessor_server.store.logs import Chunk, Position, ProgressRow
 from lessor_server.store.reports import Checkpoint, End, Phase, Report
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_OUTCOMES = {int(outcome): outcome for outcome in Outcome}
 
 
 def agent_facts(hello: pb.Hello) -> AgentFacts:
@@ -64,6 +68,8 @@ def report(event: pb.LeaseEvent, agent_id: str, session_id: int, epoch: int) -> 
 
 def _reported(event: pb.LeaseEvent) -> Phase | Checkpoint | End:
     match event.WhichOneof("event"):
+        case "ended":
+            return _ended(event.ended)
         case "accepted":
             return Phase(LeasePhase.ACCEPTED)
         case "running":
@@ -73,15 +79,17 @@ def _reported(event: pb.LeaseEvent) -> Phase | Checkpoint | End:
         case "released":
             return End(outcome=None)
         case "rejected":
-            error = event.rejected.error
-            return End(outcome=Outcome.REJECTED, error=error.SerializeToString())
-        case _:
-            return _ended(event.ended)
+            return End(outcome=Outcome.REJECTED, error=event.rejected.error.SerializeToString())
+        case kind:
+            raise ValueError(f"event: {kind or 'none'} is not known")
 
 
 def _ended(ended: pb.Ended) -> End:
+    outcome = _OUTCOMES.get(ended.outcome)
+    if outcome is None:
+        raise ValueError(f"outcome: {ended.outcome} is none")
     return End(
-        outcome=Outcome(ended.outcome),
+        outcome=outcome,
         exit_code=ended.exit_code if ended.HasField("exit_code") else None,
         signal=ended.signal,
         error=ended.error.SerializeToString() if ended.HasField("error") else None,
@@ -138,22 +146,34 @@ def log_position(position: Position) -> pb.LogPosition:
     )
 
 
-def grant(row: Mapping[str, Any] | asyncpg.Record) -> pb.Grant:
-    """Returns the Grant of a lease as claim and read_deliveries return it."""
-    spec = job_pb2.JobSpec.FromString(row["spec"])
-    ttl = timedelta(milliseconds=row["ttl_ms"])
-    message = pb.Grant(
+@lru_cache(maxsize=1024)
+def _durations(ttl_ms: int) -> tuple[Duration, Duration]:
+    """Returns ttl and margin as the contract has them; they are copied into each message."""
+    ttl, margin = Duration(), Duration()
+    ttl.FromMilliseconds(ttl_ms)
+    margin.FromTimedelta(timing.margin(timedelta(milliseconds=ttl_ms)))
+    return ttl, margin
+
+
+def add_grant(grants: pb.Grants, row: Mapping[str, Any] | asyncpg.Record) -> None:
+    """Adds the Grant of a lease as claim and read_deliveries return it."""
+    ttl, margin = _durations(row["ttl_ms"])
+    message = grants.grants.add(
         job_id=encode_job_id(row["job_id"]),
         lease_id=row["lease_id"],
         attempt=row["attempt"],
-        spec=spec,
-        grace=spec.lease.grace,
         gpu_uuids=row["gpu_uuids"],
         checkpoint=row["cursor"],
+        ttl=ttl,
+        margin=margin,
     )
-    message.ttl.FromTimedelta(ttl)
-    message.margin.FromTimedelta(timing.margin(ttl))
-    return message
+    message.spec.MergeFromString(row["spec"])
+    message.grace.CopyFrom(message.spec.lease.grace)
+
+
+def grant_bytes(row: Mapping[str, Any] | asyncpg.Record) -> int:
+    """Returns about how many bytes a Grant adds to a message."""
+    return 256 + len(row["spec"]) + len(row["cursor"] or "") + 64 * len(row["gpu_uuids"])
 
 
 def revoke(job_number: int, lease_id: int, reason: pb.RevokeReason.ValueType) -> pb.Revoke:
@@ -165,4 +185,7 @@ def _time(message: Any, field: str) -> datetime | None:
     if not message.HasField(field):
         return None
     stamp: Timestamp = getattr(message, field)
-    return stamp.ToDatetime(UTC)
+    try:
+        return _EPOCH + timedelta(seconds=stamp.seconds, microseconds=stamp.nanos // 1000)
+    except OverflowError:
+        raise ValueError(f"{field}: {stamp.seconds} seconds is out of range") from None

@@ -54,20 +54,22 @@ class Delivery:
             rows: As ``claim`` and ``read_deliveries`` return them.
             now_s: Loop time.
         """
-        messages: dict[int, tuple[pb.Grants, int]] = {}
+        messages: dict[int, tuple[pb.ConnectResponse, int]] = {}
         for row in rows:
             stream = self._streams.get(row["session_id"])
             if stream is None or not _due(stream, row["lease_id"], 0, now_s):
                 continue
-            grant = convert.grant(row)
-            message, size = messages.get(stream.session_id, (pb.Grants(epoch=stream.epoch), 0))
-            if size + grant.ByteSize() > MAX_GRANTS_BYTES and size:
-                self._send(stream.session_id, pb.ConnectResponse(grants=message))
-                message, size = pb.Grants(epoch=stream.epoch), 0
-            message.grants.append(grant)
-            messages[stream.session_id] = (message, size + grant.ByteSize())
+            adds = convert.grant_bytes(row)
+            response, size = messages.get(stream.session_id, (None, 0))
+            if response is None or size + adds > MAX_GRANTS_BYTES:
+                if response is not None:
+                    self._send(stream.session_id, response)
+                response, size = pb.ConnectResponse(), 0
+                response.grants.epoch = stream.epoch
+            convert.add_grant(response.grants, row)
+            messages[stream.session_id] = (response, size + adds)
         for session_id, (message, _) in messages.items():
-            self._send(session_id, pb.ConnectResponse(grants=message))
+            self._send(session_id, message)
 
     def revokes(
         self, session_id: int, leases: Sequence[tuple[int, int]], reason: pb.RevokeReason.ValueType, now_s: float

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -184,7 +184,7 @@ class AgentServicer(agent_service_pb2_grpc.AgentServiceServicer):
             pb.REVOKE_REASON_NOT_LISTED,
             asyncio.get_running_loop().time(),
         )
-        self._bells.changed(leases=True)
+        self._bells.changed(fleet=True, leases=True)
         logger.info(
             "an agent said hello",
             extra={
@@ -225,22 +225,35 @@ class AgentServicer(agent_service_pb2_grpc.AgentServiceServicer):
         _then(self._commits.renewals.submit(Renewal(session_id, epoch)), renewed)
 
     def _events(self, stream: AgentStream, message: pb.LeaseEvents) -> None:
-        for event in message.events:
-            report = convert.report(event, stream.agent_id, stream.session_id, stream.epoch)
-            _then(self._commits.reports.submit(report), self._on_verdict(stream, event.seq, report))
+        reports = [convert.report(event, stream.agent_id, stream.session_id, stream.epoch) for event in message.events]
+        seqs = [event.seq for event in message.events]
+        self._commits.reports.submit_all(reports).add_done_callback(
+            lambda outcomes: self._judged(stream, reports, seqs, outcomes.result())
+        )
 
-    def _on_verdict(self, stream: AgentStream, seq: int, report: Report) -> Callable[[Verdict], None]:
-        def judged(verdict: Verdict) -> None:
-            if verdict is Verdict.SUPERSEDED:
-                return
-            stream.ack_events([seq])
-            stream.told.pop((report.lease_id, 0), None)
-            if verdict is Verdict.STALE:
-                leases = [(report.job_number, report.lease_id)]
-                now_s = asyncio.get_running_loop().time()
-                self._delivery.revokes(stream.session_id, leases, pb.REVOKE_REASON_STALE, now_s)
-
-        return judged
+    def _judged(
+        self,
+        stream: AgentStream,
+        reports: Sequence[Report],
+        seqs: Sequence[int],
+        outcomes: Sequence[Verdict | Exception],
+    ) -> None:
+        """Acks what is settled. After an error nothing is said: the agent says it again."""
+        settled: list[int] = []
+        stale: list[tuple[int, int]] = []
+        for report, seq, outcome in zip(reports, seqs, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                _note_uncommitted(outcome)
+            elif outcome is not Verdict.SUPERSEDED:
+                settled.append(seq)
+                stream.told.pop((report.lease_id, 0), None)
+                if outcome is Verdict.STALE:
+                    stale.append((report.job_number, report.lease_id))
+        if settled:
+            stream.ack_events(settled)
+        if stale:
+            now_s = asyncio.get_running_loop().time()
+            self._delivery.revokes(stream.session_id, stale, pb.REVOKE_REASON_STALE, now_s)
 
     def _logs(self, stream: AgentStream, message: pb.LogChunks) -> None:
         for chunk in message.chunks:
@@ -273,9 +286,12 @@ def _then(future: asyncio.Future[T], use: Callable[[T], None]) -> None:
         error = finished.exception()
         if error is None:
             use(finished.result())
-        elif isinstance(error, LessorServerError):
-            logger.warning(
-                "a commit waits for the agent to repeat", extra={"event": "uncommitted", "error": error.message}
-            )
+        else:
+            _note_uncommitted(error)
 
     future.add_done_callback(done)
+
+
+def _note_uncommitted(error: BaseException) -> None:
+    if isinstance(error, LessorServerError):
+        logger.warning("a commit waits for the agent to repeat", extra={"event": "uncommitted", "error": error.message})

@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import asyncpg
 
@@ -25,6 +25,16 @@ Result = TypeVar("Result")
 
 Flush = Callable[[Sequence[Item]], Awaitable[Sequence[Result]]]
 """Commits a batch and returns one result per item, in order. All or nothing."""
+
+
+class _Handed(Generic[Item]):
+    """Items handed over together, and the future that is to tell what became of each."""
+
+    __slots__ = ("future", "items")
+
+    def __init__(self, items: Sequence[Item], future: asyncio.Future[Any]) -> None:
+        self.items = items
+        self.future = future
 
 
 class GroupCommit(Generic[Item, Result]):
@@ -62,7 +72,7 @@ class GroupCommit(Generic[Item, Result]):
         self._linger_s = linger_s
         self._weight = weight
         self._max_weight = max_weight
-        self._queue: deque[tuple[Item, asyncio.Future[Result]]] = deque()
+        self._queue: deque[_Handed[Item]] = deque()
         self._work = asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
         self._closing = False
@@ -86,11 +96,35 @@ class GroupCommit(Generic[Item, Result]):
             Stopping: The server is going away.
             DatabaseUnavailable: Whether it was committed is not known.
         """
-        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+
+        def told(outcomes: asyncio.Future[list[Result | Exception]]) -> None:
+            if result.done():
+                return
+            (outcome,) = outcomes.result()
+            if isinstance(outcome, Exception):
+                result.set_exception(outcome)
+                # Whoever asked may be gone; an error nobody awaits is not news.
+                result.exception()
+            else:
+                result.set_result(outcome)
+
+        self.submit_all((item,)).add_done_callback(told)
+        return result
+
+    def submit_all(self, items: Sequence[Item]) -> asyncio.Future[list[Result | Exception]]:
+        """Hands over items that came together, at a cost per call rather than per item.
+
+        The future tells the result of each, or the error of its commit (as
+        :meth:`submit` raises it), in order. They share a batch, however many.
+        """
+        future: asyncio.Future[list[Result | Exception]] = asyncio.get_running_loop().create_future()
         if self._closing:
-            future.set_exception(Stopping())
+            future.set_result([Stopping() for _ in items])
+        elif not items:
+            future.set_result([])
         else:
-            self._queue.append((item, future))
+            self._queue.append(_Handed(items, future))
             self._work.set()
         return future
 
@@ -111,46 +145,44 @@ class GroupCommit(Generic[Item, Result]):
             if batch := self._take():
                 await self._commit(batch)
 
-    def _take(self) -> list[tuple[Item, asyncio.Future[Result]]]:
-        batch: list[tuple[Item, asyncio.Future[Result]]] = []
-        weight = 0
-        while self._queue and len(batch) < self._max_items:
+    def _take(self) -> list[_Handed[Item]]:
+        batch: list[_Handed[Item]] = []
+        count = weight = 0
+        while self._queue:
+            handed = self._queue[0]
+            count += len(handed.items)
             if self._weight is not None:
-                weight += self._weight(self._queue[0][0])
-                if batch and weight > self._max_weight:
-                    break
+                weight += sum(map(self._weight, handed.items))
+            if batch and (count > self._max_items or (self._weight is not None and weight > self._max_weight)):
+                break
             batch.append(self._queue.popleft())
         return batch
 
-    async def _commit(self, batch: list[tuple[Item, asyncio.Future[Result]]]) -> None:
+    async def _commit(self, batch: list[_Handed[Item]]) -> None:
+        outcomes = await self._outcomes([item for handed in batch for item in handed.items])
+        first = 0
+        for handed in batch:
+            last = first + len(handed.items)
+            if not handed.future.done():
+                handed.future.set_result(outcomes[first:last])
+            first = last
+
+    async def _outcomes(self, items: Sequence[Item]) -> list[Result | Exception]:
+        """Commits items; returns the result of each, or why it was not committed."""
         try:
-            results = await self._flush([item for item, _ in batch])
+            return list(await self._flush(items))
         except (asyncpg.DataError, asyncpg.ProgramLimitExceededError) as error:
-            if len(batch) > 1:
-                middle = len(batch) // 2
-                await self._commit(batch[:middle])
-                await self._commit(batch[middle:])
-                return
+            if len(items) > 1:
+                middle = len(items) // 2
+                return await self._outcomes(items[:middle]) + await self._outcomes(items[middle:])
             logger.warning(
                 "an item was refused", extra={"event": "commit_refused", "kind": self._name, "error": str(error)}
             )
-            self._fail(batch, error)
+            return [error]
         except LessorServerError as error:
-            self._fail(batch, error)
+            return [error] * len(items)
         except Exception as error:
             logger.exception(
-                "a batch failed", extra={"event": "commit_failed", "kind": self._name, "items": len(batch)}
+                "a batch failed", extra={"event": "commit_failed", "kind": self._name, "items": len(items)}
             )
-            self._fail(batch, error)
-        else:
-            for (_, future), result in zip(batch, results, strict=True):
-                if not future.done():
-                    future.set_result(result)
-
-    @staticmethod
-    def _fail(batch: list[tuple[Item, asyncio.Future[Result]]], error: Exception) -> None:
-        for _, future in batch:
-            if not future.done():
-                future.set_exception(error)
-                # Whoever asked may be gone; an error nobody awaits is not news.
-                future.exception()
+            return [error] * len(items)

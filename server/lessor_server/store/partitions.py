@@ -38,6 +38,16 @@ def lease_bounds(day: int) -> tuple[int, int]:
     return day << _LEASE_SHIFT, (day + 1) << _LEASE_SHIFT
 
 
+def day_of_job(number: int) -> int:
+    """Returns the UTC day of the submit of job ``number``: the day of its partition."""
+    return (number >> _JOB_SHIFT) // _MS_PER_DAY
+
+
+def day_of_lease(lease_id: int) -> int:
+    """Returns the day of the partition that holds what belongs to a lease."""
+    return lease_id >> _LEASE_SHIFT
+
+
 def submitted_at(job_number: int) -> datetime:
     """Returns when the job of that number was submitted (millisecond resolution)."""
     return datetime.fromtimestamp((job_number >> _JOB_SHIFT) / 1000, UTC)
@@ -84,8 +94,10 @@ async def _ensure(connection: asyncpg.Connection | Any, table: str, day: int, bo
         await connection.execute("SET LOCAL lock_timeout = '2s'")
         # Serialises two replicas that find the same partition missing.
         await connection.execute("SELECT pg_advisory_xact_lock(hashtext($1))", name)
-        if await connection.fetchval("SELECT to_regclass($1) IS NULL", name):
-            await connection.execute(f"CREATE TABLE {name} (LIKE {table} INCLUDING DEFAULTS INCLUDING CONSTRAINTS)")
+        # Not asked for by to_regclass: it may still see the catalogue as it was before we waited for that lock.
+        await connection.execute(
+            f"CREATE TABLE IF NOT EXISTS {name} (LIKE {table} INCLUDING DEFAULTS INCLUDING CONSTRAINTS)"
+        )
         already = await connection.fetchval(
             "SELECT EXISTS (SELECT FROM pg_inherits WHERE inhrelid = to_regclass($1))", name
         )

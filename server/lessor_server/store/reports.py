@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum, auto
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import asyncpg
 
@@ -36,23 +36,20 @@ class Verdict(Enum):
     """It came in the name of an old epoch; the agent says it again after its next Hello."""
 
 
-@dataclass(frozen=True, slots=True)
-class Phase:
+class Phase(NamedTuple):
     """The lease was accepted, or its workload runs."""
 
     phase: LeasePhase
     started_at: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """The workload can resume from here."""
 
     cursor: str
 
 
-@dataclass(frozen=True, slots=True)
-class End:
+class End(NamedTuple):
     """The lease is over in the agent's word."""
 
     outcome: Outcome | None
@@ -68,8 +65,7 @@ class End:
     ended_at: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(NamedTuple):
     """One event of one lease, in the name of one session."""
 
     job_number: int
@@ -101,8 +97,10 @@ class Committed:
     """One per report, in order."""
     moved: bool
     """A lease was accepted or its workload runs now."""
-    ended_jobs: set[int]
-    """Jobs whose attempt ended: there is room, or a job that waits again."""
+    ended: set[Key]
+    """Leases that hold nothing any more: there is room, and perhaps a job that waits again."""
+    may_wait_again: bool
+    """One of them did not succeed."""
     draining_jobs: set[int]
     """Jobs whose end is stored and whose log is not complete yet."""
 
@@ -114,6 +112,9 @@ async def commit_reports(database: Statements, reports: Sequence[Report], now: d
         DatabaseUnavailable: The outcome is unknown; repeating is safe.
     """
     ends = {r.key: r for r in reports if isinstance(r.event, End)}
+    if len(ends) == len(reports):
+        # As most are under load: nothing but ends, each of another lease.
+        return await _commit_ends(database, reports, now)
     moved = await _advance(database, [r for r in reports if isinstance(r.event, Phase) and r.key not in ends])
     saved = await _save_checkpoints(database, reports)
     ended, draining = await _end(database, list(ends.values()), now)
@@ -130,7 +131,24 @@ async def commit_reports(database: Statements, reports: Sequence[Report], now: d
     return Committed(
         verdicts=verdicts,
         moved=bool(moved),
-        ended_jobs={job for job, _ in ended} | finished,
+        ended=ended,
+        may_wait_again=any(isinstance(r.event, End) and r.event.outcome is not Outcome.SUCCEEDED for r in reports),
+        draining_jobs=draining - finished,
+    )
+
+
+async def _commit_ends(database: Statements, reports: Sequence[Report], now: datetime | None) -> Committed:
+    ended, draining = await _end(database, reports, now)
+    verdicts = [Verdict.RECORDED] * len(reports)
+    if len(ended) < len(reports):
+        known = await _look_up(database, [r for r in reports if r.key not in ended])
+        verdicts = [Verdict.RECORDED if r.key in ended else _judge(r, known.get(r.key)) for r in reports]
+    finished = await finish_drained(database, sorted(draining), now) if draining else set()
+    return Committed(
+        verdicts=verdicts,
+        moved=False,
+        ended=ended,
+        may_wait_again=any(r.event.outcome is not Outcome.SUCCEEDED for r in reports if isinstance(r.event, End)),
         draining_jobs=draining - finished,
     )
 
@@ -187,6 +205,8 @@ async def _end(database: Statements, reports: Sequence[Report], now: datetime | 
         now=now,
         agent_ids=[r.agent_id for r in reports],
         **_end_columns(reports),
+        lowest_lease_id=min(r.lease_id for r in reports),
+        highest_lease_id=max(r.lease_id for r in reports),
         jitters=[random.uniform(-1, 1) for _ in events],
     )
     ended = _keys(rows)

@@ -213,7 +213,7 @@ lease = _table(
     _required("max_losses", Integer),
     _required("backoff_initial_ms", BigInteger),
     _required("backoff_max_ms", BigInteger),
-    _required("deduped", Boolean),
+    Column("dedupe_key", Text),
     _required("ttl_ms", BigInteger),
     _required("gpu_uuids", ARRAY(Text)),
     _required("offered_at", BigInteger),

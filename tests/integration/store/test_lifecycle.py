@@ -14,6 +14,7 @@ from lessor_server.domain.budgets import REJECTED_DELAY, Fate, fate, requeue_del
 from lessor_server.domain.errors import JobNotTerminal, QueueNotFound, RequestIdReused
 from lessor_server.domain.states import JobState
 from lessor_server.maintenance.reaper import QUEUE_TIMEOUT
+from lessor_server.store.claims import Offer, claim
 from lessor_server.store.logs import Chunk, append
 from lessor_server.store.reports import Checkpoint, End, Phase, Verdict, finish_drained
 from tests.support.store import Store, failed, job_spec, succeeded
@@ -60,7 +61,7 @@ async def test_two_leases_of_a_job_cannot_be_stored(store: Store) -> None:
     lease = await store.running()
     columns = (
         "member, lease_id, session_id, agent_id, attempt, phase, queue_id, shape_id, priority, failures, losses, "
-        "max_failures, max_losses, backoff_initial_ms, backoff_max_ms, deduped, ttl_ms, gpu_uuids, offered_at, "
+        "max_failures, max_losses, backoff_initial_ms, backoff_max_ms, dedupe_key, ttl_ms, gpu_uuids, offered_at, "
         "granted_at"
     )
     with pytest.raises(asyncpg.UniqueViolationError):
@@ -92,7 +93,9 @@ async def test_the_fate_in_sql_is_the_fate_of_the_domain(store: Store, outcome: 
     async with store.database.pool.acquire() as connection:
         for failures, losses, max_failures, max_losses, retryable, cancel in cases:
             row = await connection.fetchrow(
-                "SELECT * FROM lease_fate($1::smallint, $2, $3, $4, $5, $6, $7)",
+                "SELECT final_state_of($1::smallint, $2, $3, $4, $5, $6, $7) AS final_state, "
+                "failures_after($1::smallint, $2, $7) AS new_failures, "
+                "losses_after($1::smallint, $3, $7) AS new_losses, backs_off($1::smallint) AS backs_off",
                 outcome, failures, losses, max_failures, max_losses, retryable, cancel,
             )  # fmt: skip
             assert row is not None
@@ -357,10 +360,8 @@ async def test_a_checkpoint_reaches_the_next_attempt(store: Store) -> None:
     lease = await store.running()
     assert await store.report(lease, Checkpoint("a"), Checkpoint("b")) == [Verdict.RECORDED] * 2
     await store.report(lease, lost())
-    (row,) = await store.database.fetch(
-        "claim", epoch=store.epoch, now=None, job_ids=[lease.job], session_ids=[lease.session.session_id],
-        epochs=[lease.session.epoch], gpu_uuids=[""],
-    )  # fmt: skip
+    offer = Offer(lease.job, lease.session.session_id, lease.session.epoch)
+    (row,) = await claim(store.database, store.epoch, [offer])
     assert (row["cursor"], row["attempt"]) == ("b", 2)
     assert row["lease_id"] > lease.lease_id
 

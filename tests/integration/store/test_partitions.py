@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 
 import asyncpg
@@ -38,6 +39,17 @@ async def test_days_are_made_ahead_once(pool: asyncpg.Pool) -> None:
         assert await ensure_partitions(connection, MIDNIGHT) > 0
         assert await ensure_partitions(connection, MIDNIGHT) == 0
     assert {"job_20310516", "job_20310517", "job_20310524"} <= await names(pool, "job")
+
+
+async def test_replicas_that_start_at_once_make_each_day_once(pool: asyncpg.Pool) -> None:
+    async def start() -> int:
+        async with pool.acquire() as connection:
+            return await ensure_partitions(connection, MIDNIGHT)
+
+    made = await asyncio.gather(*(start() for _ in range(8)))
+    # Yesterday, today and a week ahead, five tables each.
+    assert sum(made) == 9 * 5
+    assert await pool.fetchval("SELECT last_value FROM lease_number") == lease_bounds(day_of(MIDNIGHT))[0]
 
 
 async def test_a_job_of_the_last_millisecond_stands_in_its_day(store: Store) -> None:

@@ -33,10 +33,10 @@ INSERT INTO agent SELECT 'agent-' || i, 'a', '0', '{}', '[]', 1, 1, 1000, 'h', '
     FROM generate_series(1, 2000) AS i;
 INSERT INTO gpu SELECT 'agent-' || i, 'gpu-' || i, 0, 'm', 1 FROM generate_series(1, 2000) AS i;
 INSERT INTO lease (job_id, lease_id, session_id, agent_id, attempt, phase, queue_id, shape_id, priority, failures,
-    losses, max_failures, max_losses, backoff_initial_ms, backoff_max_ms, deduped, ttl_ms, gpu_uuids,
+    losses, max_failures, max_losses, backoff_initial_ms, backoff_max_ms, dedupe_key, ttl_ms, gpu_uuids,
     offered_at, granted_at)
     SELECT id, nextval('lease_number'), 1 + row_number() OVER () % 2000, 'agent-1', 1, 3, 1, 1, 0, 0, 0, 1, 10, 0, 0,
-    false, 60000, '{}', 0, now() FROM job ORDER BY id OFFSET 13000 LIMIT 3000;
+    NULL, 60000, '{}', 0, now() FROM job ORDER BY id OFFSET 13000 LIMIT 3000;
 INSERT INTO lease_gpu SELECT 'agent-1', 'gpu-' || lease_id, lease_id, job_id FROM lease;
 INSERT INTO attempt (job_id, lease_id, attempt, gpu_uuids, outcome, signal, failures, losses, final_state, ended_at,
     log_bytes) SELECT id, nextval('lease_number'), 1, '{}', 1, 0, 0, 0, 4, now(), 0 FROM job ORDER BY id OFFSET 16000;

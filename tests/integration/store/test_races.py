@@ -10,6 +10,7 @@ import pytest
 from lessor.lifecycle import LeasePhase
 from lessor.v1 import job_service_pb2
 from lessor_server.maintenance.reaper import LEASE_EXPIRED
+from lessor_server.store.claims import Offer, claim
 from lessor_server.store.database import Transaction
 from lessor_server.store.hello import Answer, Held, take_standing
 from lessor_server.store.reports import Phase, Verdict, commit_reports
@@ -32,10 +33,7 @@ async def renew_on(transaction: Transaction, lease: Leased) -> int:
 
 
 async def claim_on(transaction: Transaction, store: Store, job: int, session_id: int, epoch: int) -> int:
-    rows = await transaction.fetch(
-        "claim", epoch=store.epoch, now=None, job_ids=[job], session_ids=[session_id], epochs=[epoch], gpu_uuids=[""]
-    )
-    return len(rows)
+    return len(await claim(transaction, store.epoch, [Offer(job, session_id, epoch)]))
 
 
 class TestRenewAndExpire:

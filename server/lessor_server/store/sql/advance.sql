@@ -10,7 +10,7 @@ WITH said AS MATERIALIZED (
     ) AS i (job_id, lease_id, session_id, epoch, phase, started_at)
     JOIN session AS s ON s.id = i.session_id AND s.epoch = i.epoch
     JOIN lease AS l ON l.job_id = i.job_id AND l.lease_id = i.lease_id AND l.agent_id = s.agent_id
-    WHERE l.phase < i.phase
+    WHERE l.phase < i.phase AND l.job_id = ANY (ARRAY(SELECT unnest(CAST(:job_ids AS bigint[]))))
     ORDER BY l.job_id
     FOR UPDATE OF l
 ),

@@ -1,12 +1,21 @@
 -- end | END, RELEASE, REJECT: lease -> attempt, and ready, delayed or nothing
 -- Locks: the leases, in job order. Index: lease_pkey. Returns: job_id, lease_id,
 -- drained (true: the outcome is stored, the GPUs are free, log bytes are missing).
--- A NULL outcome is Released: WITHDRAWN if it was only offered, else LOST.
-WITH held AS MATERIALIZED (
+-- The bounds leave out the partitions of log_head that cannot be meant before the
+-- statement begins. A NULL outcome is Released: WITHDRAWN if it was only offered, else LOST.
+WITH live AS MATERIALIZED (
+    -- By the index whatever the statistics say: they may be of a time when the table was empty, or full.
+    SELECT *
+    FROM lease
+    WHERE job_id = ANY (ARRAY(SELECT unnest(CAST(:job_ids AS bigint[])))) AND phase < 4
+    ORDER BY job_id
+    FOR UPDATE
+),
+held AS MATERIALIZED (
     SELECT
         l.job_id, l.lease_id, l.attempt, l.agent_id, l.gpu_uuids, l.queue_id, l.shape_id, l.priority,
         l.failures, l.losses, l.max_failures, l.max_losses, l.backoff_initial_ms, l.backoff_max_ms,
-        l.cancel_requested, l.deduped, l.granted_at,
+        l.cancel_requested, l.dedupe_key, l.granted_at,
         COALESCE(i.outcome, CASE WHEN l.phase = 1 THEN 8 ELSE 6 END::smallint) AS outcome,
         i.outcome IS NULL AND l.phase > 1 AS cut_off,
         i.exit_code, i.signal, i.error, i.retryable, i.result, i.final_log_offset,
@@ -21,15 +30,18 @@ WITH held AS MATERIALIZED (
         job_id, lease_id, agent_id, outcome, exit_code, signal, error, retryable, result, final_log_offset,
         started_at, ended_at, jitter
     )
-    JOIN lease AS l ON l.job_id = i.job_id AND l.lease_id = i.lease_id AND l.agent_id = i.agent_id
-    WHERE l.phase < 4
-    ORDER BY l.job_id
-    FOR UPDATE OF l
+    JOIN live AS l ON l.job_id = i.job_id AND l.lease_id = i.lease_id AND l.agent_id = i.agent_id
 ),
 logged AS MATERIALIZED (
-    SELECT h.*, COALESCE(g.end_offset, 0) AS log_bytes
+    SELECT
+        h.*,
+        COALESCE((
+            SELECT g.end_offset
+            FROM log_head AS g
+            WHERE g.lease_id = h.lease_id
+                AND g.lease_id BETWEEN CAST(:lowest_lease_id AS bigint) AND CAST(:highest_lease_id AS bigint)
+        ), 0) AS log_bytes
     FROM held AS h
-    LEFT JOIN log_head AS g ON g.lease_id = h.lease_id
 ),
 closing AS MATERIALIZED (
     -- A lease given back after it may have run: nobody has the rest of its log.

@@ -35,7 +35,7 @@ closing AS MATERIALIZED (
     SELECT
         d.job_id, d.lease_id, d.session_id, d.attempt, d.agent_id, d.gpu_uuids, d.queue_id, d.shape_id, d.priority,
         d.failures, d.losses, d.max_failures, d.max_losses, d.backoff_initial_ms, d.backoff_max_ms,
-        d.cancel_requested, d.deduped, d.granted_at, d.started_at, d.ended_at, d.exit_code, d.signal, d.retryable,
+        d.cancel_requested, d.dedupe_key, d.granted_at, d.started_at, d.ended_at, d.exit_code, d.signal, d.retryable,
         d.result,
         COALESCE(d.outcome, CASE WHEN d.phase = 1 THEN 8 ELSE 6 END::smallint) AS outcome,
         CASE WHEN d.phase IN (2, 3) THEN CAST(:error AS bytea) ELSE d.error END AS error,

@@ -54,13 +54,13 @@ taken_back AS (
 made AS (
     INSERT INTO lease (
         job_id, lease_id, session_id, agent_id, attempt, phase, queue_id, shape_id, priority, failures, losses,
-        max_failures, max_losses, backoff_initial_ms, backoff_max_ms, deduped, ttl_ms, gpu_uuids, offered_at,
+        max_failures, max_losses, backoff_initial_ms, backoff_max_ms, dedupe_key, ttl_ms, gpu_uuids, offered_at,
         granted_at, started_at, outcome, exit_code, signal, error, retryable, result, final_log_offset, ended_at
     )
     SELECT
         w.job_id, s.lease_id, s.session_id, s.agent_id, s.attempt, 4, w.queue_id, w.shape_id, w.priority,
         w.failures, w.losses - CASE WHEN s.old_outcome = 6 THEN 1 ELSE 0 END,
-        j.max_failures, j.max_losses, j.backoff_initial_ms, j.backoff_max_ms, j.dedupe_key IS NOT NULL,
+        j.max_failures, j.max_losses, j.backoff_initial_ms, j.backoff_max_ms, j.dedupe_key,
         j.ttl_ms, s.gpu_uuids, (SELECT clock FROM leader), s.granted_at, COALESCE(s.old_started_at, s.started_at),
         s.outcome, s.exit_code, s.signal, s.error, s.retryable, s.result, s.final_log_offset,
         COALESCE(s.ended_at, CAST(:now AS timestamptz), now())

@@ -6,7 +6,7 @@ WITH held AS MATERIALIZED (
     FROM unnest(CAST(:job_ids AS bigint[]), CAST(:lease_ids AS bigint[]), CAST(:agent_ids AS text[]))
         AS i (job_id, lease_id, agent_id)
     JOIN lease AS l ON l.job_id = i.job_id AND l.lease_id = i.lease_id AND l.agent_id = i.agent_id
-    WHERE l.phase = 4
+    WHERE l.phase = 4 AND l.job_id = ANY (ARRAY(SELECT unnest(CAST(:job_ids AS bigint[]))))
     ORDER BY l.job_id
     FOR UPDATE OF l
 ),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from random import Random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lessor_server.planner.cycle import plan
+from lessor_server.domain.shape import Shape
+from lessor_server.planner import placement
+from lessor_server.planner.cycle import plan, plan_on
 from lessor_server.planner.explain import explain
-from lessor_server.planner.model import Agent, Group, Plan, Policy
+from lessor_server.planner.model import Agent, Grant, Group, Plan, Policy
 from lessor_server.planner.reasons import PendingReason
 from tests.unit.server.planner.worlds import World, can_ever, matching_gpus, plain_plan, worlds
 
@@ -174,3 +178,52 @@ def test_busy_means_that_an_agent_fits_and_never_means_that_none_does(world: Wor
             assert fitting
         elif unplaced.reason not in KEPT_BACK:
             assert not fitting
+
+
+def in_use(fleet: Sequence[Agent], held: Mapping[int, tuple[Grant, Shape]], offered: set[int]) -> list[Agent]:
+    """Returns the fleet with what the held grants use, as a read of the database would show it."""
+    result = []
+    for agent in fleet:
+        own = [(job, grant, shape) for job, (grant, shape) in held.items() if grant.agent_id == agent.agent_id]
+        result.append(
+            replace(
+                agent,
+                offers=agent.offers + sum(job in offered for job, _, _ in own),
+                cpu_millis_used=agent.cpu_millis_used + sum(shape.cpu_millis for _, _, shape in own),
+                memory_bytes_used=agent.memory_bytes_used + sum(shape.memory_bytes for _, _, shape in own),
+                gpus_used=agent.gpus_used | {uuid for _, grant, _ in own for uuid in grant.gpu_uuids},
+            )
+        )
+    return result
+
+
+@pytest.mark.parametrize("kept", [1, 1000])
+@given(world=worlds(), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_ground_that_lives_on_plans_as_a_new_one(kept: int, world: World, data: st.DataObject) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        # Few remembered changes have the rankings made anew; many, brought up to date.
+        patch.setattr(placement, "_CHANGES_KEPT", kept)
+        ground = placement.Ground(world.fleet, world.policy.max_offers)
+        shapes = {group.shape_id: group.shape for group in world.groups}
+        held: dict[int, tuple[Grant, Shape]] = {}
+        offered: set[int] = set()
+        for _ in range(4):
+            groups = [
+                replace(group, candidates=candidates, waiting=len(candidates))
+                for group in world.groups
+                if (candidates := tuple(c for c in group.candidates if c.job_id not in held))
+            ]
+            expected = plan(in_use(world.fleet, held, offered), groups, world.queues, world.policy)
+            found = plan_on(ground, groups, world.queues, world.policy)
+            assert found == expected
+            for grant in found.grants:
+                held[grant.job_id] = (grant, shapes[grant.shape_id])
+                offered.add(grant.job_id)
+            for job in data.draw(st.lists(st.sampled_from(sorted(offered)), unique=True)) if offered else []:
+                ground.answered(held[job][0].agent_id)
+                offered.discard(job)
+            answered = sorted(held.keys() - offered)
+            for job in data.draw(st.lists(st.sampled_from(answered), unique=True)) if answered else []:
+                grant, shape = held.pop(job)
+                ground.give_back(grant.agent_id, shape, grant.gpu_uuids)

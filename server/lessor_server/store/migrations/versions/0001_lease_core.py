@@ -183,7 +183,7 @@ CREATE TABLE lease (
     max_losses int NOT NULL,
     backoff_initial_ms bigint NOT NULL,
     backoff_max_ms bigint NOT NULL,
-    deduped boolean NOT NULL,
+    dedupe_key text,
     ttl_ms bigint NOT NULL,
     gpu_uuids text[] NOT NULL,
     offered_at bigint NOT NULL,
@@ -287,22 +287,33 @@ INSERT INTO event_floor (xid, id) VALUES ('0', 0);
 """
 
 # What becomes of a job when a lease ends; domain/budgets.py is the same table,
-# and a test compares the two over every combination.
+# and a test compares the two over every combination. One value each: Postgres
+# writes such functions into the statement, where one of a record is called per row.
 FATE = """
-CREATE FUNCTION lease_fate(
+CREATE FUNCTION final_state_of(
     outcome smallint, failures int, losses int, max_failures int, max_losses int,
-    retryable boolean, cancel_requested boolean,
-    OUT final_state smallint, OUT new_failures int, OUT new_losses int, OUT backs_off boolean
-) LANGUAGE sql IMMUTABLE AS $$
+    retryable boolean, cancel_requested boolean
+) RETURNS smallint LANGUAGE sql IMMUTABLE AS $$
     SELECT (CASE
             WHEN outcome = 1 THEN 4
             WHEN cancel_requested OR outcome = 3 THEN 6
             WHEN outcome IN (2, 4) AND (NOT retryable OR failures + 1 >= max_failures) THEN 5
             WHEN outcome = 6 AND losses + 1 >= max_losses THEN 5
-        END)::smallint,
-        failures + CASE WHEN outcome IN (2, 4) AND NOT cancel_requested THEN 1 ELSE 0 END,
-        losses + CASE WHEN outcome = 6 AND NOT cancel_requested THEN 1 ELSE 0 END,
-        outcome IN (2, 4, 7)
+        END)::smallint
+$$;
+
+CREATE FUNCTION failures_after(outcome smallint, failures int, cancel_requested boolean)
+RETURNS int LANGUAGE sql IMMUTABLE AS $$
+    SELECT failures + CASE WHEN outcome IN (2, 4) AND NOT cancel_requested THEN 1 ELSE 0 END
+$$;
+
+CREATE FUNCTION losses_after(outcome smallint, losses int, cancel_requested boolean)
+RETURNS int LANGUAGE sql IMMUTABLE AS $$
+    SELECT losses + CASE WHEN outcome = 6 AND NOT cancel_requested THEN 1 ELSE 0 END
+$$;
+
+CREATE FUNCTION backs_off(outcome smallint) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
+    SELECT outcome IN (2, 4, 7)
 $$;
 
 CREATE FUNCTION backoff_ms(

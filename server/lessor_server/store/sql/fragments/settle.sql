@@ -9,11 +9,15 @@ removed AS (
     DELETE FROM lease WHERE job_id = ANY (ARRAY(SELECT job_id FROM closing))
 ),
 fated AS (
-    SELECT c.*, f.final_state, f.new_failures, f.new_losses, f.backs_off
+    SELECT
+        c.*,
+        final_state_of(
+            c.outcome, c.failures, c.losses, c.max_failures, c.max_losses, c.retryable, c.cancel_requested
+        ) AS final_state,
+        failures_after(c.outcome, c.failures, c.cancel_requested) AS new_failures,
+        losses_after(c.outcome, c.losses, c.cancel_requested) AS new_losses,
+        backs_off(c.outcome) AS backs_off
     FROM closing AS c
-    CROSS JOIN LATERAL lease_fate(
-        c.outcome, c.failures, c.losses, c.max_failures, c.max_losses, c.retryable, c.cancel_requested
-    ) AS f
 ),
 history AS (
     INSERT INTO attempt (
@@ -44,14 +48,14 @@ later AS (
     WHERE final_state IS NULL AND backs_off
 ),
 given_up AS (
-    DELETE FROM dedupe AS d
-    USING (
-        SELECT j.queue_id, j.dedupe_key, j.id
+    -- Looked up one by one: joined, the whole table could be read.
+    DELETE FROM dedupe
+    WHERE ctid = ANY (ARRAY(
+        SELECT (SELECT d.ctid FROM dedupe AS d WHERE d.queue_id = f.queue_id AND d.key = f.dedupe_key
+            AND d.job_id = f.job_id)
         FROM fated AS f
-        JOIN job AS j ON j.id = f.job_id
-        WHERE f.deduped AND f.final_state IN (5, 6)
-    ) AS k
-    WHERE d.queue_id = k.queue_id AND d.key = k.dedupe_key AND d.job_id = k.id
+        WHERE f.dedupe_key IS NOT NULL AND f.final_state IN (5, 6)
+    ))
 ),
 news AS (
     INSERT INTO event (job_ids, states, attempts)
