@@ -170,6 +170,9 @@ class Journal:
                 self._database.execute("BEGIN IMMEDIATE")
                 for entry in entries:
                     self._write(self._database, entry)
+                last_seq = max((entry.seq for entry in entries if isinstance(entry, PutEvent)), default=0)
+                if last_seq:
+                    self._set_meta(self._database, "last_seq", str(last_seq))
         except (sqlite3.Error, OSError) as failure:
             with contextlib.suppress(sqlite3.Error):
                 self._database.rollback()
@@ -203,7 +206,6 @@ class Journal:
                     "INSERT OR REPLACE INTO event (seq, lease_id, event) VALUES (?, ?, ?)",
                     (entry.seq, entry.lease_id, entry.event),
                 )
-                self._set_meta(database, "last_seq", str(entry.seq))
             case DropEvents():
                 database.executemany("DELETE FROM event WHERE seq = ?", [(seq,) for seq in entry.seqs])
             case DropLease():

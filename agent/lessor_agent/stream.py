@@ -14,7 +14,6 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 
 from lessor.v1 import agent_service_pb2 as pb
-from lessor.v1.agent_service_pb2_grpc import AgentServiceStub
 from lessor_agent.protocol.core import Loss
 
 log = logging.getLogger(__name__)
@@ -45,6 +44,8 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
 )
 
 _STATUS_DETAILS = "grpc-status-details-bin"
+
+_CONNECT = f"/{pb.DESCRIPTOR.services_by_name['AgentService'].full_name}/Connect"
 
 
 class StreamListener(Protocol):
@@ -124,12 +125,12 @@ class OutboxFull(Exception):
 
 
 class Outbox:
-    """Messages that wait for the stream: heartbeats and hellos overtake the rest."""
+    """Messages that wait for the stream, encoded: heartbeats and hellos overtake the rest."""
 
     def __init__(self) -> None:
         """Begins empty."""
-        self._urgent: deque[pb.ConnectRequest] = deque()
-        self._normal: deque[pb.ConnectRequest] = deque()
+        self._urgent: deque[bytes] = deque()
+        self._normal: deque[bytes] = deque()
         self._bytes = 0
         self._filled = asyncio.Event()
         self._over = False
@@ -138,8 +139,10 @@ class Outbox:
 
     def put(self, message: pb.ConnectRequest, *, urgent: bool = False) -> None:
         """Adds a message."""
-        (self._urgent if urgent else self._normal).append(message)
-        self._bytes += message.ByteSize()
+        # Encoded here, once: its size is counted, and gRPC sends it as it is.
+        data = message.SerializeToString()
+        (self._urgent if urgent else self._normal).append(data)
+        self._bytes += len(data)
         self.has_goodbye = self.has_goodbye or message.HasField("goodbye")
         self._filled.set()
 
@@ -148,8 +151,8 @@ class Outbox:
         self._over = True
         self._filled.set()
 
-    async def get(self) -> pb.ConnectRequest | None:
-        """Returns the next message; None: ended.
+    async def get(self) -> bytes | None:
+        """Returns the next message, encoded; None: ended.
 
         Raises:
             OutboxFull: The stream is stuck.
@@ -161,12 +164,12 @@ class Outbox:
             await self._filled.wait()
         if self._bytes > MAX_OUTBOX_BYTES or len(self._normal) > MAX_OUTBOX_MESSAGES:
             raise OutboxFull(f"{len(self._normal)} messages ({self._bytes} bytes) wait for the stream")
-        message = (self._urgent or self._normal).popleft()
-        self._bytes -= message.ByteSize()
-        return message
+        data = (self._urgent or self._normal).popleft()
+        self._bytes -= len(data)
+        return data
 
 
-_Call = aio.StreamStreamCall[pb.ConnectRequest, pb.ConnectResponse]
+_Call = aio.StreamStreamCall[bytes, pb.ConnectResponse]
 
 
 class _Stream:
@@ -191,7 +194,10 @@ class _Stream:
         try:
             # The call waits for the connection; whatever is written first waits
             # with it, stamped before: a renewal can only count too little.
-            call: _Call = AgentServiceStub(channel).Connect()  # type: ignore[call-arg]
+            connect = channel.stream_stream(
+                _CONNECT, request_serializer=None, response_deserializer=pb.ConnectResponse.FromString
+            )
+            call: _Call = connect()  # type: ignore[call-arg]
             if self._listener is not None:
                 self._listener.stream_opened(self.stream_id)
             loss = await self._serve(call)
@@ -241,8 +247,8 @@ class _Stream:
 
     async def _write(self, call: _Call) -> Loss | None:
         try:
-            while (message := await self.outbox.get()) is not None:
-                await call.write(message)
+            while (data := await self.outbox.get()) is not None:
+                await call.write(data)
             await call.done_writing()
         except OutboxFull as error:
             return Loss(f"the stream is stuck: {error}")

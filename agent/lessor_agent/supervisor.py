@@ -120,6 +120,21 @@ class Supervisor:
         self._attempts: dict[int, Attempt] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_ns = 0
+        self._release_waits = False
+        self._perform: dict[type[act.Action], Callable[[Any], None]] = {
+            act.Send: self._send,
+            act.SendLog: self._send_log,
+            act.Journal: lambda action: journal.submit(action.ticket, action.entries, self._journal_done),
+            act.Renew: self._renew,
+            act.Prepare: lambda action: self._spawn(self._prepare(action), f"prepare-{action.lease_id}"),
+            act.Begin: lambda action: self._spawn(self._begin(action.lease_id), f"begin-{action.lease_id}"),
+            act.Stop: lambda action: self._spawn(self._stop_execution(action), f"stop-{action.lease_id}"),
+            act.Forget: lambda action: self._spawn(self._forget(action.lease_id), f"forget-{action.lease_id}"),
+            act.OpenStream: lambda action: streams.open(action.stream_id, self),
+            act.CloseStream: lambda action: streams.close(action.stream_id),
+            act.GiveUp: self._give_up,
+        }
         self._stopping = asyncio.Event()
         self._exit_code = 0
         self._crash: BaseException | None = None
@@ -142,6 +157,7 @@ class Supervisor:
                 self._spawn(self._await_stray(lease_id, execution), f"stray-{lease_id}")
             self._spawn(self._send_logs(), "log-sender")
             self._spawn(self._watch_gpus(), "gpus")
+            self._core.hold()
             self._do(self._core.start(self._clock_ns()))
             await self._stopping.wait()
             if self._crash is None and not self._keeps_jobs:
@@ -180,47 +196,56 @@ class Supervisor:
     # ── actions ──────────────────────────────────────────────────────────────
 
     def _do(self, actions: Sequence[act.Action]) -> None:
-        for action in actions:
-            self._do_one(action)
-        self._schedule()
+        """Carries out what an input led to at once, a heartbeat say.
 
-    def _do_one(self, action: act.Action) -> None:
-        match action:
-            case act.Send():
-                self._streams.send(action.stream_id, action.message, urgent=action.urgent)
-            case act.SendLog():
-                self._logs.append(action)
-                self._logs_waiting.set()
-            case act.Journal():
-                self._journal.submit(action.ticket, action.entries, self._journal_done)
-            case act.Renew():
-                if (attempt := self._attempts.get(action.lease_id)) is not None:
-                    attempt.execution.renew(action.deadline_ns)
-            case act.Prepare():
-                self._spawn(self._prepare(action), f"prepare-{action.lease_id}")
-            case act.Begin():
-                self._spawn(self._begin(action.lease_id), f"begin-{action.lease_id}")
-            case act.Stop():
-                self._spawn(self._stop_execution(action), f"stop-{action.lease_id}")
-            case act.Forget():
-                self._spawn(self._forget(action.lease_id), f"forget-{action.lease_id}")
-            case act.OpenStream():
-                self._streams.open(action.stream_id, self)
-            case act.CloseStream():
-                self._streams.close(action.stream_id)
-            case act.GiveUp():
-                log.error("the server refuses this agent", extra={"event": "refused", "error": action.message})
-                self._exit_code = 1
-                self._stopping.set()
+        The inputs of one turn of the event loop are one burst of the core: the
+        rest comes with its release, at the beginning of the next turn.
+        """
+        for action in actions:
+            self._perform[type(action)](action)
+        if not self._release_waits:
+            self._release_waits = True
+            self._loop.call_soon(self._release)
+
+    def _release(self) -> None:
+        self._release_waits = False
+        try:
+            actions = self._core.release(self._clock_ns())
+            self._core.hold()
+            for action in actions:
+                self._perform[type(action)](action)
+            self._schedule()
+        except Exception as failure:
+            self._end_loudly(failure)
+
+    def _send(self, action: act.Send) -> None:
+        self._streams.send(action.stream_id, action.message, urgent=action.urgent)
+
+    def _send_log(self, action: act.SendLog) -> None:
+        self._logs.append(action)
+        self._logs_waiting.set()
+
+    def _renew(self, action: act.Renew) -> None:
+        if (attempt := self._attempts.get(action.lease_id)) is not None:
+            attempt.execution.renew(action.deadline_ns)
+
+    def _give_up(self, action: act.GiveUp) -> None:
+        log.error("the server refuses this agent", extra={"event": "refused", "error": action.message})
+        self._exit_code = 1
+        self._stopping.set()
 
     def _schedule(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         wakeup_ns = self._core.next_wakeup_ns()
-        if wakeup_ns is not None and not self._stopping.is_set():
-            delay_s = (wakeup_ns - self._clock_ns()) / 1e9
-            self._timer = self._loop.call_later(min(max(delay_s, 0.0), MAX_TIMER_S), self._tick)
+        if wakeup_ns is None or self._stopping.is_set():
+            return
+        if self._timer is not None:
+            if self._timer_ns <= wakeup_ns:
+                # It rings early, finds nothing to do, and is set again: cheaper than one timer per input.
+                return
+            self._timer.cancel()
+        self._timer_ns = wakeup_ns
+        delay_s = (wakeup_ns - self._clock_ns()) / 1e9
+        self._timer = self._loop.call_later(min(max(delay_s, 0.0), MAX_TIMER_S), self._tick)
 
     def _tick(self) -> None:
         self._timer = None
@@ -439,8 +464,12 @@ class Supervisor:
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (failure := task.exception()) is not None and self._crash is None:
-            # A broken invariant: end loudly. The jobs are safe under their keepers.
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            self._end_loudly(failure)
+
+    def _end_loudly(self, failure: BaseException) -> None:
+        """An invariant is broken: ends the agent. The jobs are safe under their keepers."""
+        if self._crash is None:
             self._crash = failure
             self._stopping.set()
 

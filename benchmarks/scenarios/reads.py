@@ -171,7 +171,7 @@ class Reads:
 
     def pages(self, what: str, fields: dict[str, Any]) -> None:
         """ListJobs with one filter, at each depth there is."""
-        calls = max(20, self._calls // 4)
+        calls = max(20, self._calls // 2)
         for depth, token in self._tokens(fields):
             request = pb.ListJobsRequest(page_size=_PAGE, page_token=token, **fields)
             label = "first page" if depth == 1 else f"page {depth:,}"
@@ -394,8 +394,8 @@ def run(bench: Bench) -> Result:
             # Beside the load each of them would be told of a thousand changes a second.
             bench.say("watchers of all jobs")
             watching.run(
-                f"{watchers:,} watchers of all jobs, submitted, else idle", "all_watchers", [{} for _ in range(watchers)],
-                watching.submit(queues), job_pb2.JOB_STATE_QUEUED, watchers,
+                f"{watchers:,} watchers of all jobs, submitted, else idle", "all_watchers",
+                [{} for _ in range(watchers)], watching.submit(queues), job_pb2.JOB_STATE_QUEUED, watchers,
             )  # fmt: skip
             result.figures["load_ended"] = float(fleet.ended())
     result.bound("read_p99_ms", reads.worst_p99_ms, "<= 50")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
@@ -125,6 +126,18 @@ class CoreDriver:
         tickets, self.open_tickets = self.open_tickets, []
         for journal in tickets:
             self.do(self.core.journal_failed(journal.ticket, error, self.now_ns))
+
+    @contextmanager
+    def burst(self) -> Iterator[None]:
+        """Has all that is done inside reach the core as one burst."""
+        self.core.hold()
+        yield
+        self.do(self.core.release(self.now_ns))
+
+    def work(self) -> None:
+        """Takes what a burst asks for so far, and what follows from it, until there is no more."""
+        while actions := self.core.work(self.now_ns):
+            self.do(actions)
 
     def advance(self, delta_ns: int) -> None:
         """Moves time and ticks once."""

@@ -3,6 +3,9 @@
 The core performs nothing itself. Whoever drives it (the supervisor on a host,
 the simulator in virtual time) carries out the actions and reports back what
 came of them.
+
+Nobody changes one once it is made. Those that every job needs are not frozen
+all the same: to make a frozen one takes more than twice as long.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ class Send:
     urgent: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SendLog:
     """Read ``length`` bytes of an output file and write them to the stream as one log chunk."""
 
@@ -54,7 +57,7 @@ class SendLog:
     length: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PutLease:
     """A lease is about to be prepared: the intent of a start."""
 
@@ -63,7 +66,7 @@ class PutLease:
     grant: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PutHandle:
     """The keeper of a lease stands and is found by ``handle``."""
 
@@ -71,7 +74,7 @@ class PutHandle:
     handle: Handle
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PutPhase:
     """A lease moved on."""
 
@@ -79,7 +82,7 @@ class PutPhase:
     phase: LeasePhase
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PutEvent:
     """A durable event to be sent until it is acked."""
 
@@ -95,7 +98,7 @@ class DropEvents:
     seqs: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DropLease:
     """A lease that is over and done with; it leaves a tombstone."""
 
@@ -113,7 +116,7 @@ class Journal:
     entries: tuple[Entry, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prepare:
     """Prepare an execution; answered by ``prepared`` or ``prepare_refused``."""
 
@@ -124,7 +127,7 @@ class Prepare:
     """CLOCK_BOOTTIME."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Begin:
     """Let the prepared execution run; answered by ``running``."""
 
@@ -141,7 +144,7 @@ class Stop:
     """None: the grant's."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Renew:
     """Move the execution's deadline."""
 
@@ -150,7 +153,7 @@ class Renew:
     """CLOCK_BOOTTIME."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Forget:
     """Remove what the execution left on the host, if it has one."""
 

@@ -3,6 +3,19 @@
 It reads no clock, holds no socket and starts no task: every method takes the
 time (CLOCK_BOOTTIME nanoseconds) and returns actions in order. The supervisor
 drives it on a host, the simulator in virtual time; same inputs, same actions.
+
+What an input costs depends on what it changes, never on how many leases are
+held: what is due waits in sets and queues of its own. Only what concerns every
+lease looks at every lease: a heartbeat, its ack, a Hello and its answer.
+
+**Bursts.** Many inputs that come together are dearer one by one than as one:
+each would be journalled and answered alone. Between :meth:`AgentCore.hold` and
+:meth:`AgentCore.release` inputs return only what is urgent (heartbeats, Hellos);
+the rest waits for the release, journalled in one transaction and sent in few
+messages. Nothing else changes: the journal still comes before the start and
+before the word to the server. Who can carry out actions at once takes them
+with :meth:`AgentCore.work` in between and reports what came of them in the
+same burst.
 """
 
 from __future__ import annotations
@@ -22,19 +35,19 @@ from lessor_agent.protocol.desk import Desk
 from lessor_agent.protocol.events import EventLog
 from lessor_agent.protocol.lease import RestoredLease, nanoseconds
 from lessor_agent.protocol.leases import LeaseTable
-from lessor_agent.protocol.logflow import DEFAULT_WINDOW_BYTES, RESEND_AFTER_NS, allot
+from lessor_agent.protocol.logflow import DEFAULT_WINDOW_BYTES
 from lessor_agent.protocol.outcomes import Ending
 from lessor_agent.protocol.session import WELCOME_TIMEOUT_NS, Link, Session
 from lessor_agent.runtimes.base import Handle
 
 log = logging.getLogger(__name__)
 
-PROGRESS_INTERVAL_NS = 100_000_000
-"""Progress of one lease is sent at most this often."""
-
 PROTOCOL_UNSUPPORTED = "PROTOCOL_UNSUPPORTED"
 AGENT_IDENTITY_IN_USE = "AGENT_IDENTITY_IN_USE"
 """Reasons of refusals that a quick retry cannot heal."""
+
+
+_Hear = Callable[[pb.ConnectResponse, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +114,18 @@ class AgentCore:
         self._leases = LeaseTable(
             self._desk, self._session, names, restored.leases, restored.tombstones, restored.undecided
         )
-        self._window_bytes = DEFAULT_WINDOW_BYTES
+        self._holds = False
         self._gpus: tuple[pb.GpuReading, ...] = ()
         self._refused = ""
+        self._hearers: dict[str, tuple[_Hear, bool]] = {
+            "welcome": (self._welcomed, True),
+            "hello_requested": (self._asked_for_hello, True),
+            "reconnect": (self._asked_to_reconnect, True),
+            "grants": (self._granted, False),
+            "revokes": (self._revoked, False),
+            "ack": (self._acked, False),
+        }
+        """Kind of message → who hears it, and whether it counts before Welcome."""
 
     @property
     def link(self) -> Link:
@@ -143,7 +165,11 @@ class AgentCore:
         return self._finish(now_ns)
 
     def next_wakeup_ns(self) -> int | None:
-        """Returns when :meth:`tick` has something to do; None: nothing until something happens."""
+        """Returns when :meth:`tick` may have something to do; None: nothing until something happens.
+
+        It may be early, by what has become of the matter meanwhile, and is never late. What a
+        burst holds back is not counted.
+        """
         session = self._session
         if session.link is Link.DOWN:
             return session.retry_at_ns
@@ -151,15 +177,31 @@ class AgentCore:
             return session.hello_sent_ns + WELCOME_TIMEOUT_NS
         if session.link is Link.CLOSED:
             return None
-        times = [session.heartbeat_due_ns, session.silent_at_ns]
-        if (resend_ns := self._desk.events.resend_ns) is not None:
-            times.append(resend_ns)
-        for lease in self._leases:
-            if lease.progress is not None:
-                times.append(lease.progress_due_ns)
-            if lease.log.is_open and lease.log.in_flight:
-                times.append(lease.log.moved_ns + RESEND_AFTER_NS)
-        return min(times)
+        wakeup_ns = min(session.heartbeat_due_ns, session.silent_at_ns)
+        for due_ns in (self._desk.events.resend_ns, self._leases.progress.next_ns, self._leases.logs.next_ns):
+            if due_ns is not None and due_ns < wakeup_ns:
+                wakeup_ns = due_ns
+        return wakeup_ns
+
+    # ── bursts ───────────────────────────────────────────────────────────────
+
+    def hold(self) -> None:
+        """Begins a burst: until :meth:`release` inputs return urgent messages only."""
+        self._holds = True
+
+    def work(self, now_ns: int) -> list[Action]:
+        """Returns what the burst asks for so far, but for what is to be sent: that waits for :meth:`release`.
+
+        Args:
+            now_ns: Unused by the core as it is; given as with every input.
+        """
+        self._leases.settle_begun()
+        return self._desk.take()
+
+    def release(self, now_ns: int) -> list[Action]:
+        """Ends a burst; returns all that its inputs led to and that was not returned yet."""
+        self._holds = False
+        return self._finish(now_ns)
 
     # ── the stream ───────────────────────────────────────────────────────────
 
@@ -174,7 +216,7 @@ class AgentCore:
         session = self._session
         if stream_id != session.stream_id or session.link in (Link.DOWN, Link.CLOSED):
             return self._finish(now_ns)
-        self._pause()
+        self._leases.pause_logs()
         fields = {"event": "stream_lost", "error": loss.message, "reason": loss.reason}
         if loss.reason in (PROTOCOL_UNSUPPORTED, AGENT_IDENTITY_IN_USE):
             delay_ns = session.retry_slowly(now_ns)
@@ -197,35 +239,23 @@ class AgentCore:
     def message(self, stream_id: int, message: pb.ConnectResponse, now_ns: int) -> list[Action]:
         """The server said something on a stream."""
         session = self._session
-        kind = message.WhichOneof("message")
-        if stream_id != session.stream_id or session.link not in (Link.GREETING, Link.UP):
-            return self._finish(now_ns)
-        if kind == "welcome":
-            if session.link is Link.GREETING:
-                self._welcomed(message.welcome, now_ns)
-        elif kind == "hello_requested":
-            self._asked_for_hello(message.hello_requested, now_ns)
-        elif kind == "reconnect":
-            self._asked_to_reconnect(message.reconnect, now_ns)
-        elif session.link is Link.GREETING:
-            # Sent before the server saw the Hello: of an older epoch.
-            log.debug("message before Welcome ignored", extra={"event": "ignored", "kind": kind})
-        elif kind == "grants":
-            if self._is_current(message.grants.epoch, "grants"):
-                for grant in message.grants.grants:
-                    self._leases.granted(grant, now_ns)
-        elif kind == "revokes":
-            if self._is_current(message.revokes.epoch, "revokes"):
-                for revoke in message.revokes.revokes:
-                    self._leases.revoked(revoke, now_ns)
-        elif kind == "ack":
-            self._acked(message.ack, now_ns)
+        if stream_id == session.stream_id and session.link in (Link.GREETING, Link.UP):
+            kind = message.WhichOneof("message") or ""
+            hear, before_welcome = self._hearers.get(kind, (None, True))
+            if hear is not None and (before_welcome or session.link is Link.UP):
+                hear(message, now_ns)
+            else:
+                # Sent before the server saw the Hello, so of an older epoch; or by a newer server.
+                log.debug("message ignored", extra={"event": "ignored", "kind": kind})
         return self._finish(now_ns)
 
     def shutdown(self, reason: str, now_ns: int) -> list[Action]:
-        """The agent leaves on purpose: says Goodbye. Its leases stand."""
+        """The agent leaves on purpose: says Goodbye. Its leases stand. Ends a burst."""
         session = self._session
+        self._holds = False
+        self._leases.settle_begun()
         if session.link is Link.UP:
+            self._send_due(now_ns)
             self._send(pb.ConnectRequest(goodbye=pb.Goodbye(reason=reason)))
         if session.link in (Link.CONNECTING, Link.GREETING, Link.UP):
             self._desk.put(CloseStream(session.stream_id, reason))
@@ -262,9 +292,6 @@ class AgentCore:
 
     def ended(self, lease_id: int, ending: Ending, now_ns: int) -> list[Action]:
         """An execution is over, its whole tree gone."""
-        lease = self._leases.get(lease_id)
-        if lease is not None and self._session.link is Link.UP:
-            self._send_progress(lease_ids=(lease_id,), now_ns=now_ns, at_once=True)
         self._leases.ended(lease_id, ending, now_ns)
         return self._finish(now_ns)
 
@@ -280,9 +307,7 @@ class AgentCore:
 
     def progress(self, lease_id: int, progress: job_pb2.Progress, now_ns: int) -> list[Action]:
         """The workload's latest progress, whole."""
-        lease = self._leases.get(lease_id)
-        if lease is not None and not lease.abandoned:
-            lease.progress = progress
+        self._leases.progressed(lease_id, progress, now_ns)
         return self._finish(now_ns)
 
     def log_available(self, lease_id: int, stdout_bytes: int, stderr_bytes: int, now_ns: int) -> list[Action]:
@@ -297,19 +322,42 @@ class AgentCore:
     # ── inside ───────────────────────────────────────────────────────────────
 
     def _finish(self, now_ns: int) -> list[Action]:
-        """Sends what may be sent by now, and returns all actions."""
+        """Sends what may be sent by now, and returns all actions; in a burst, only the urgent ones."""
+        if self._holds:
+            return self._desk.take_urgent() if self._desk.urgent else []
+        self._leases.settle_begun()
         if self._session.link is Link.UP:
-            self._send_progress(self._leases.ids(), now_ns)
-            for events in self._desk.events.take_unsent(now_ns):
-                self._send(pb.ConnectRequest(lease_events=events))
-            self._send_logs(now_ns)
+            self._send_due(now_ns)
         return self._desk.take()
 
-    def _send(self, message: pb.ConnectRequest, *, urgent: bool = False) -> None:
-        self._desk.put(Send(self._session.stream_id, message, urgent))
+    def _send_due(self, now_ns: int) -> None:
+        """Sends progress, then log bytes, then events: the end of a job goes after what is said of it."""
+        if updates := self._leases.progress.take(now_ns):
+            self._send(pb.ConnectRequest(progress=pb.ProgressUpdates(updates=updates)))
+        for lease_id, chunk in self._leases.logs.take(now_ns):
+            lease = self._leases.get(lease_id)
+            self._desk.put(
+                SendLog(
+                    self._session.stream_id,
+                    lease.job_id if lease is not None else "",
+                    lease_id,
+                    chunk.offset,
+                    chunk.stream,
+                    chunk.file_offset,
+                    chunk.length,
+                )
+            )
+        for message in self._desk.events.take_due(now_ns):
+            self._send(message)
+
+    def _send(self, message: pb.ConnectRequest) -> None:
+        self._desk.put(Send(self._session.stream_id, message))
+
+    def _send_urgent(self, message: pb.ConnectRequest) -> None:
+        self._desk.urgent.append(Send(self._session.stream_id, message, urgent=True))
 
     def _greet(self, now_ns: int) -> None:
-        self._pause()
+        self._leases.pause_logs()
         self._session.greet(now_ns)
         profile = self._profile
         interval = Duration()
@@ -333,12 +381,15 @@ class AgentCore:
             ],
             heartbeat_interval=interval,
         )
-        self._send(pb.ConnectRequest(hello=hello), urgent=True)
+        self._send_urgent(pb.ConnectRequest(hello=hello))
 
-    def _welcomed(self, welcome: pb.Welcome, now_ns: int) -> None:
+    def _welcomed(self, message: pb.ConnectResponse, now_ns: int) -> None:
+        if self._session.link is not Link.GREETING:
+            return
+        welcome = message.welcome
         self._session.welcome(welcome.session_id, welcome.epoch, now_ns)
         self._refused = ""
-        self._window_bytes = welcome.max_unacked_log_bytes or DEFAULT_WINDOW_BYTES
+        self._leases.logs.window_bytes = welcome.max_unacked_log_bytes or DEFAULT_WINDOW_BYTES
         log.info(
             "connected",
             extra={
@@ -353,17 +404,31 @@ class AgentCore:
         self._leases.answered(welcome.leases, now_ns)
         self._leases.renew_all()
 
-    def _asked_for_hello(self, request: pb.HelloRequested, now_ns: int) -> None:
-        log.info("the server asks for a new Hello", extra={"event": "hello_requested", "reason": request.reason})
+    def _asked_for_hello(self, message: pb.ConnectResponse, now_ns: int) -> None:
+        reason = message.hello_requested.reason
+        log.info("the server asks for a new Hello", extra={"event": "hello_requested", "reason": reason})
         self._greet(now_ns)
 
-    def _asked_to_reconnect(self, request: pb.Reconnect, now_ns: int) -> None:
-        log.info("the server asks to connect again", extra={"event": "reconnect", "reason": request.reason})
-        self._pause()
+    def _asked_to_reconnect(self, message: pb.ConnectResponse, now_ns: int) -> None:
+        log.info("the server asks to connect again", extra={"event": "reconnect", "reason": message.reconnect.reason})
+        self._leases.pause_logs()
         self._desk.put(CloseStream(self._session.stream_id, "asked to connect again"))
         self._session.retry_soon(now_ns)
 
-    def _acked(self, ack: pb.Ack, now_ns: int) -> None:
+    def _granted(self, message: pb.ConnectResponse, now_ns: int) -> None:
+        grants = message.grants
+        if self._is_current(grants.epoch, "grants"):
+            for grant in grants.grants:
+                self._leases.granted(grant, now_ns)
+
+    def _revoked(self, message: pb.ConnectResponse, now_ns: int) -> None:
+        revokes = message.revokes
+        if self._is_current(revokes.epoch, "revokes"):
+            for revoke in revokes.revokes:
+                self._leases.revoked(revoke, now_ns)
+
+    def _acked(self, message: pb.ConnectResponse, now_ns: int) -> None:
+        ack = message.ack
         if ack.heartbeat_seq and self._session.heartbeat_acked(ack.heartbeat_seq, now_ns):
             self._leases.renew_all()
         if ack.event_seqs:
@@ -383,52 +448,14 @@ class AgentCore:
     def _beat(self, now_ns: int) -> None:
         seq = self._session.beat(now_ns)
         heartbeat = pb.Heartbeat(seq=seq, lease_ids=self._leases.ids(), gpus=self._gpus)
-        self._send(pb.ConnectRequest(heartbeat=heartbeat), urgent=True)
+        self._send_urgent(pb.ConnectRequest(heartbeat=heartbeat))
         self._desk.sweep()
 
     def _drop_stream(self, reason: str, now_ns: int) -> None:
-        self._pause()
+        self._leases.pause_logs()
         self._desk.put(CloseStream(self._session.stream_id, reason))
         delay_ns = self._session.back_off(now_ns)
         log.warning(
             "stream given up; leases stand",
             extra={"event": "stream_dropped", "reason": reason, "retry_in_ms": delay_ns // 1_000_000},
         )
-
-    def _pause(self) -> None:
-        """No log flows until the server says again where each one stands."""
-        for lease in self._leases:
-            lease.log.pause()
-
-    def _send_progress(self, lease_ids: Iterable[int], now_ns: int, *, at_once: bool = False) -> None:
-        updates = []
-        for lease_id in lease_ids:
-            lease = self._leases.get(lease_id)
-            if lease is None or lease.progress is None or (now_ns < lease.progress_due_ns and not at_once):
-                continue
-            updates.append(pb.ProgressUpdate(job_id=lease.job_id, lease_id=lease_id, progress=lease.progress))
-            lease.progress = None
-            lease.progress_due_ns = now_ns + PROGRESS_INTERVAL_NS
-        if updates:
-            self._send(pb.ConnectRequest(progress=pb.ProgressUpdates(updates=updates)))
-
-    def _send_logs(self, now_ns: int) -> None:
-        for lease in self._leases:
-            if lease.log.is_open:
-                lease.log.check(now_ns)
-        for lease_id, chunk in allot(
-            ((lease.lease_id, lease.log) for lease in self._leases), self._window_bytes, now_ns
-        ):
-            lease_or_none = self._leases.get(lease_id)
-            job_id = lease_or_none.job_id if lease_or_none is not None else ""
-            self._desk.put(
-                SendLog(
-                    self._session.stream_id,
-                    job_id,
-                    lease_id,
-                    chunk.offset,
-                    chunk.stream,
-                    chunk.file_offset,
-                    chunk.length,
-                )
-            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from enum import IntEnum, StrEnum
 
 from google.protobuf.duration_pb2 import Duration
@@ -17,6 +17,8 @@ from lessor_agent.runtimes.base import StopCause
 
 DEFAULT_RUNTIME = "process"
 """The runtime of a spec that names none."""
+
+_SECOND_NS = 1_000_000_000
 
 
 class Stage(IntEnum):
@@ -77,7 +79,11 @@ class StopRequest:
     grace: timedelta | None
 
 
-@dataclass(slots=True)
+INTENT, PREPARING, SECURING, ACCEPTED, RUNNING, ENDED = Stage
+"""Each by its own name: to look one up in its class is dear where every job does it a dozen times."""
+
+
+@dataclass(slots=True, eq=False)
 class Lease:
     """A lease and what the core must remember of it."""
 
@@ -86,8 +92,16 @@ class Lease:
     confirmed: bool
     """The current session of the server keeps it: it is renewed with the session."""
     log: LeaseLog
-    ttl_ns: int = field(init=False)
-    margin_ns: int = field(init=False)
+    lease_id: int = field(init=False)
+    """The fencing token."""
+    job_id: str = field(init=False)
+    """The public id of the job."""
+    runtime: str = field(init=False)
+    """Name of the runtime that runs it."""
+    term_ns: int = field(init=False)
+    """From an acked send time to when its tree must be gone: ttl − margin."""
+    told_deadline_ns: int = 0
+    """The deadline that its execution has; 0: not known."""
     restored: bool = False
     begun: bool = False
     stop: StopRequest | None = None
@@ -95,9 +109,12 @@ class Lease:
     """The server said that it is over: its end interests nobody."""
     withdrawn: str | None = None
     """Why an offer is given back; answered by Released once nothing of it is left."""
+    accepted_seq: int = 0
+    """Number of its Accepted; 0: not accepted by this process of the agent."""
     rejected: job_pb2.JobError | None = None
     """Why it cannot be taken; answered by Rejected once nothing of it is left."""
-    start_time_event: pb.Running | None = None
+    start_time: datetime | None = None
+    """When its workload began; None: it has not, or an earlier agent began it."""
     ended_event: pb.Ended | None = None
     end_acked: bool = False
     progress: job_pb2.Progress | None = None
@@ -110,25 +127,11 @@ class Lease:
     """Newest cursor that waits while an older one is on its way to the journal."""
 
     def __post_init__(self) -> None:
-        ttl = duration(self.grant.ttl) if self.grant.HasField("ttl") else timing.DEFAULT_TTL
-        margin = duration(self.grant.margin) if self.grant.HasField("margin") else timing.margin(ttl)
-        self.ttl_ns = nanoseconds(ttl)
-        self.margin_ns = nanoseconds(margin)
-
-    @property
-    def lease_id(self) -> int:
-        """The fencing token."""
-        return self.grant.lease_id
-
-    @property
-    def job_id(self) -> str:
-        """The public id of the job."""
-        return self.grant.job_id
-
-    @property
-    def runtime(self) -> str:
-        """Name of the runtime that runs it."""
-        return self.grant.spec.runtime or DEFAULT_RUNTIME
+        grant = self.grant
+        self.lease_id = grant.lease_id
+        self.job_id = grant.job_id
+        self.runtime = grant.spec.runtime or DEFAULT_RUNTIME
+        self.term_ns = term_ns(grant)
 
     @property
     def phase(self) -> LeasePhase:
@@ -142,7 +145,19 @@ class Lease:
 
     def deadline_ns(self, renewed_ns: int) -> int:
         """Returns when its tree must be gone if ``renewed_ns`` was the last acked send time."""
-        return renewed_ns + self.ttl_ns - self.margin_ns
+        return renewed_ns + self.term_ns
+
+
+def term_ns(grant: pb.Grant) -> int:
+    """Returns how long a grant's execution may go on after an acked send time: ttl − margin, in nanoseconds."""
+    ttl, margin = grant.ttl, grant.margin
+    ttl_ns = ttl.seconds * _SECOND_NS + ttl.nanos
+    if ttl_ns == 0 and not grant.HasField("ttl"):
+        ttl_ns = nanoseconds(timing.DEFAULT_TTL)
+    margin_ns = margin.seconds * _SECOND_NS + margin.nanos
+    if margin_ns == 0 and not grant.HasField("margin"):
+        margin_ns = nanoseconds(timing.margin(timedelta(microseconds=ttl_ns // 1000)))
+    return ttl_ns - margin_ns
 
 
 def duration(value: Duration) -> timedelta:

@@ -9,6 +9,7 @@ those leaves a tombstone.
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
 from datetime import datetime, timedelta
 
@@ -20,7 +21,6 @@ from lessor_agent.protocol.actions import (
     Begin,
     DropEvents,
     DropLease,
-    Entry,
     Forget,
     Prepare,
     PutHandle,
@@ -30,8 +30,22 @@ from lessor_agent.protocol.actions import (
     Stop,
 )
 from lessor_agent.protocol.desk import Desk
-from lessor_agent.protocol.lease import Fate, Lease, RestoredLease, Stage, StopRequest, duration
+from lessor_agent.protocol.lease import (
+    ACCEPTED,
+    ENDED,
+    INTENT,
+    PREPARING,
+    RUNNING,
+    SECURING,
+    Fate,
+    Lease,
+    RestoredLease,
+    StopRequest,
+    duration,
+)
 from lessor_agent.protocol.logflow import LeaseLog, Position, position_of
+from lessor_agent.protocol.logwindow import LogWindow
+from lessor_agent.protocol.progress import LatestProgress
 from lessor_agent.protocol.session import Link, Session
 from lessor_agent.runtimes.base import Handle, StopCause
 
@@ -39,6 +53,8 @@ log = logging.getLogger(__name__)
 
 MAX_TOMBSTONES = 10_000
 """Tombstones kept in memory; the oldest go first. Only a late message of this very session can need one."""
+
+_ACCEPTED = pb.Accepted()
 
 _STOPPING = {
     pb.REVOKE_REASON_CANCELLED: StopCause.CANCELLED,
@@ -73,10 +89,16 @@ class LeaseTable:
         self._session = session
         self._runtimes = frozenset(runtimes)
         self._held: dict[int, Lease] = {}
-        self._tombstones: dict[int, None] = dict.fromkeys(tombstones)
+        self._tombstones: OrderedDict[int, None] = OrderedDict.fromkeys(tombstones)
         self._restored = tuple(restored)
         self._undecided: dict[int, str] = dict.fromkeys(undecided, "")
         """lease_id → job_id whose lease is to be released when it is decided; empty: nobody has asked."""
+        self._begun: dict[int, Lease] = {}
+        """Leases that run since the last :meth:`settle_begun`."""
+        self.progress = LatestProgress()
+        """Progress that waits to be sent."""
+        self.logs = LogWindow()
+        """Log bytes that wait and those under way."""
 
     def __iter__(self) -> Iterator[Lease]:
         return iter(self._held.values())
@@ -106,7 +128,7 @@ class LeaseTable:
             elif lease.end_acked and found.fate is not Fate.FOUND:
                 # Its end is committed, its files are gone: there is nothing left to tell.
                 self._forget(lease)
-            elif lease.stage is not Stage.ENDED and found.fate is not Fate.FOUND:
+            elif lease.stage is not ENDED and found.fate is not Fate.FOUND:
                 self.ended(
                     lease.lease_id, outcomes.Ending(exit=None, rebooted=found.fate is Fate.REBOOTED), now_ns=now_ns
                 )
@@ -115,29 +137,30 @@ class LeaseTable:
     def _take_up(self, found: RestoredLease) -> Lease:
         lease_id = found.grant.lease_id
         stage = {
-            LeasePhase.ACCEPTED: Stage.ACCEPTED,
-            LeasePhase.RUNNING: Stage.RUNNING,
-            LeasePhase.DRAINING: Stage.ENDED,
-        }.get(found.phase, Stage.INTENT)
+            LeasePhase.ACCEPTED: ACCEPTED,
+            LeasePhase.RUNNING: RUNNING,
+            LeasePhase.DRAINING: ENDED,
+        }.get(found.phase, INTENT)
         lease = Lease(found.grant, stage, confirmed=False, log=LeaseLog(), restored=True)
-        lease.begun = stage >= Stage.RUNNING
+        lease.begun = stage >= RUNNING
         # Until an end is found that is still owed.
-        lease.end_acked = stage is Stage.ENDED
+        lease.end_acked = stage is ENDED
         self._held[lease_id] = lease
         for pending in self._desk.events.of_lease(lease_id):
             if pending.kind == "checkpoint_saved":
-                lease.checkpoint_seq = pending.event.seq
+                lease.checkpoint_seq = pending.seq
             elif pending.kind == "ended":
                 # An end that is still owed is repeated as it was journalled. One
                 # that was acked has only its log to finish.
-                lease.stage = Stage.ENDED
+                lease.stage = ENDED
                 lease.end_acked = False
-                lease.ended_event = pending.event.ended
+                ended = pending.event.ended
+                lease.ended_event = ended
                 # Where the files are gone there is nothing left to send: the
                 # lease is forgotten after its end, and the server says that
                 # the log was cut.
                 kept = found.fate is Fate.FOUND
-                lease.log.final_offset = pending.event.ended.final_log_offset if kept else 0
+                lease.log.final_offset = ended.final_log_offset if kept else 0
         return lease
 
     # ── what the server says ─────────────────────────────────────────────────
@@ -154,7 +177,8 @@ class LeaseTable:
         elif lease_id in self._tombstones:
             self._release_unheld(grant.job_id, lease_id, "the agent has given it back before")
         else:
-            log.info("lease granted", extra={"event": "granted", "lease_id": lease_id, "job_id": grant.job_id})
+            if log.isEnabledFor(logging.INFO):
+                log.info("lease granted", extra={"event": "granted", "lease_id": lease_id, "job_id": grant.job_id})
             self._start(grant)
 
     def revoked(self, revoke: pb.Revoke, now_ns: int) -> None:
@@ -178,7 +202,7 @@ class LeaseTable:
             self._make_stale(lease)
         elif (cause := _STOPPING.get(revoke.reason)) is not None:
             self._stop(lease, cause, duration(revoke.grace) if revoke.HasField("grace") else None)
-        elif revoke.reason == pb.REVOKE_REASON_OFFER_EXPIRED and lease.stage < Stage.SECURING:
+        elif revoke.reason == pb.REVOKE_REASON_OFFER_EXPIRED and lease.stage < SECURING:
             if not lease.abandoned:
                 lease.withdrawn = "the offer expired before it was accepted"
         else:
@@ -186,14 +210,14 @@ class LeaseTable:
 
     def answered(self, answers: Iterable[pb.LeaseAnswer], now_ns: int) -> None:
         """Takes the server's answers to a Hello, one per held lease."""
+        self.pause_logs()
         for held in self._held.values():
             held.confirmed = False
-            held.log.pause()
         for answer in answers:
             if (lease := self._held.get(answer.lease_id)) is None:
                 continue
             if answer.decision == pb.LEASE_DECISION_STALE or (
-                answer.decision == pb.LEASE_DECISION_ENDED and lease.stage is not Stage.ENDED
+                answer.decision == pb.LEASE_DECISION_ENDED and lease.stage is not ENDED
             ):
                 self._make_stale(lease)
                 continue
@@ -203,7 +227,7 @@ class LeaseTable:
             elif answer.decision != pb.LEASE_DECISION_KEEP:
                 log.error("unknown answer for a lease ignored", extra={"event": "answer", "lease_id": lease.lease_id})
                 continue
-            elif lease.stage is Stage.ENDED and lease.end_acked:
+            elif lease.stage is ENDED and lease.end_acked:
                 # The server has lost an end that it had acked: tell it again.
                 lease.end_acked = False
                 self._say_again(lease)
@@ -223,19 +247,26 @@ class LeaseTable:
         for lease in self._held.values():
             self._renew(lease)
 
+    def pause_logs(self) -> None:
+        """No log flows until the server says again where each one stands."""
+        self.logs.pause(lease.log for lease in self._held.values())
+
     def events_acked(self, seqs: Iterable[int]) -> None:
         """Takes acks of durable events."""
-        acked = self._desk.events.remove(seqs)
-        self._desk.drop([event.seq for event in acked])
-        for event in acked:
-            lease = self._held.get(event.lease_id)
+        acked = []
+        for seq in seqs:
+            if (pending := self._desk.events.remove(seq)) is None:
+                continue
+            acked.append(seq)
+            lease = self._held.get(pending.lease_id)
             if lease is None:
                 continue
-            if event.seq == lease.checkpoint_seq:
+            if seq == lease.checkpoint_seq:
                 lease.checkpoint_seq = 0
-            if event.WhichOneof("event") == "ended":
+            if pending.kind == "ended":
                 lease.end_acked = True
                 self._forget_if_done(lease)
+        self._desk.drop(acked)
 
     def log_acked(self, message: pb.LogPosition, now_ns: int) -> None:
         """Takes a committed log position."""
@@ -247,6 +278,7 @@ class LeaseTable:
             log.error("contradictory log position ignored", extra={"event": "log_ack", "lease_id": message.lease_id})
             return
         lease.log.acknowledge(position, now_ns)
+        self.logs.moved(lease.lease_id, lease.log)
         self._forget_if_done(lease)
 
     # ── what happens on the host ─────────────────────────────────────────────
@@ -254,7 +286,7 @@ class LeaseTable:
     def prepared(self, lease_id: int, handle: Handle) -> None:
         """The keeper of a lease stands."""
         lease = self._held.get(lease_id)
-        if lease is None or lease.stage is not Stage.PREPARING:
+        if lease is None or lease.stage is not PREPARING:
             return
         if lease.abandoned:
             self._desk.put(Stop(lease_id, StopCause.STALE, None))
@@ -262,18 +294,16 @@ class LeaseTable:
         if lease.stop is not None:
             self._desk.put(Stop(lease_id, lease.stop.cause, lease.stop.grace))
             return
-        lease.stage = Stage.SECURING
+        lease.stage = SECURING
         self._renew(lease)
-        accepted = _event(lease, accepted=pb.Accepted())
-        self._desk.journal(
-            [PutHandle(lease_id, handle), PutPhase(lease_id, LeasePhase.ACCEPTED), accepted],
-            lambda error: self._secured(lease, accepted, error),
-        )
+        self._desk.record(PutHandle(lease_id, handle), PutPhase(lease_id, LeasePhase.ACCEPTED))
+        lease.accepted_seq = self._desk.tell(_accepted(lease), "accepted").seq
+        self._desk.after_commit(self._secured, lease)
 
     def prepare_refused(self, lease_id: int, error: job_pb2.JobError) -> None:
         """The runtime cannot start it; nothing of it is left."""
         lease = self._held.get(lease_id)
-        if lease is None or lease.stage is not Stage.PREPARING:
+        if lease is None or lease.stage is not PREPARING:
             return
         if lease.stale:
             self._forget(lease)
@@ -285,19 +315,28 @@ class LeaseTable:
     def running(self, lease_id: int, start_time: datetime) -> None:
         """The workload runs."""
         lease = self._held.get(lease_id)
-        if lease is None or lease.stage is not Stage.ACCEPTED:
+        if lease is None or lease.stage is not ACCEPTED:
             return
-        lease.stage = Stage.RUNNING
-        lease.start_time_event = pb.Running(start_time=outcomes.timestamp(start_time))
+        lease.stage = RUNNING
+        lease.start_time = start_time
         if lease.stale:
             return
-        log.info("job runs", extra={"event": "running", "lease_id": lease_id, "job_id": lease.job_id})
-        self._desk.journal([PutPhase(lease_id, LeasePhase.RUNNING), _event(lease, running=lease.start_time_event)])
+        if log.isEnabledFor(logging.INFO):
+            log.info("job runs", extra={"event": "running", "lease_id": lease_id, "job_id": lease.job_id})
+        self._begun[lease_id] = lease
+
+    def settle_begun(self) -> None:
+        """Journals that workloads run, once per burst: one that has ended by now has its end to tell, and no more."""
+        for lease in self._begun.values():
+            if lease.stage is RUNNING and not lease.stale:
+                self._desk.record(PutPhase(lease.lease_id, LeasePhase.RUNNING))
+                self._desk.tell(_running(lease), "running")
+        self._begun.clear()
 
     def ended(self, lease_id: int, ending: outcomes.Ending, now_ns: int) -> None:
         """The whole tree of an execution is gone."""
         lease = self._held.get(lease_id)
-        if lease is None or (lease.stage is Stage.ENDED and lease.log.final_offset is not None):
+        if lease is None or (lease.stage is ENDED and lease.log.final_offset is not None):
             return
         if lease.stale:
             self._forget(lease)
@@ -306,13 +345,18 @@ class LeaseTable:
         elif lease.rejected is not None:
             self._reject(lease, lease.rejected)
         else:
-            lease.log.grow(ending.stdout_bytes, ending.stderr_bytes)
+            self.progress.hurry(lease)
+            self._grow(lease, ending.stdout_bytes, ending.stderr_bytes)
             # A file that shrank counts with its former length, in the flow and here.
             grown = lease.log.available
-            event = outcomes.ended(ending)
-            event.final_log_offset = grown.offset
+            event = pb.LeaseEvent(job_id=lease.job_id, lease_id=lease_id)
+            ended = event.ended
+            outcomes.write_ended(ended, ending, grown.offset)
+            if lease.start_time is not None and (ending.exit is None or ending.exit.started_at is None):
+                # Running may never have been sent: what it would have said is said here.
+                ended.start_time.CopyFrom(outcomes.timestamp(lease.start_time))
             if lease.end_acked:
-                lease.ended_event = event
+                lease.ended_event = ended
                 lease.log.final_offset = grown.offset
                 self._forget_if_done(lease)
             else:
@@ -327,7 +371,7 @@ class LeaseTable:
     def checkpoint(self, lease_id: int, cursor: str) -> None:
         """The workload saved a checkpoint; only the newest one counts."""
         lease = self._held.get(lease_id)
-        if lease is None or lease.stage is Stage.ENDED or lease.abandoned:
+        if lease is None or lease.stage is ENDED or lease.abandoned:
             return
         cursor = outcomes.clip(cursor, outcomes.MAX_CURSOR_BYTES)
         pending = self._desk.events.get(lease.checkpoint_seq)
@@ -342,12 +386,18 @@ class LeaseTable:
         if lease is None or lease.abandoned:
             return
         if lease.log.final_offset is None or lease.restored:
-            lease.log.grow(stdout_bytes, stderr_bytes)
+            self._grow(lease, stdout_bytes, stderr_bytes)
+
+    def progressed(self, lease_id: int, progress: job_pb2.Progress, now_ns: int) -> None:
+        """The workload told its latest progress."""
+        lease = self._held.get(lease_id)
+        if lease is not None and not lease.abandoned:
+            self.progress.put(lease, progress, now_ns)
 
     # ── one lease ────────────────────────────────────────────────────────────
 
     def _start(self, grant: pb.Grant) -> None:
-        lease = Lease(grant, Stage.INTENT, confirmed=True, log=LeaseLog())
+        lease = Lease(grant, INTENT, confirmed=True, log=LeaseLog())
         # The attempt is new: the server has nothing of its log.
         lease.log.is_open = True
         self._held[lease.lease_id] = lease
@@ -361,14 +411,15 @@ class LeaseTable:
             message = "the job asks for a kind of work that this version of the agent does not know"
             self._reject(lease, _infrastructure("WORK_UNKNOWN", message))
             return
-        intent = PutLease(lease.lease_id, lease.job_id, grant.SerializeToString())
-        self._desk.journal([intent], lambda error: self._intended(lease, error))
+        self._desk.record(PutLease(lease.lease_id, lease.job_id, grant.SerializeToString()))
+        self._desk.after_commit(self._intended, lease)
 
     def _granted_again(self, lease: Lease, now_ns: int) -> None:
         if not lease.abandoned:
             lease.confirmed = True
             if not lease.log.is_open:
                 lease.log.resume(lease.log.acked, now_ns)
+                self.logs.moved(lease.lease_id, lease.log)
             self._renew(lease)
             self._begin_restored(lease)
         self._say_again(lease)
@@ -381,23 +432,23 @@ class LeaseTable:
         elif lease.withdrawn is not None:
             self._give_back(lease, lease.withdrawn)
         elif lease.stop is not None:
-            self._end(lease, outcomes.stopped_before_start(lease.stop.cause))
+            self._end(lease, _ended(lease, outcomes.stopped_before_start(lease.stop.cause)))
         else:
-            lease.stage = Stage.PREPARING
-            deadline_ns = lease.deadline_ns(self._session.renewed_ns)
+            lease.stage = PREPARING
+            deadline_ns = lease.told_deadline_ns = lease.deadline_ns(self._session.renewed_ns)
             self._desk.put(Prepare(lease.lease_id, lease.runtime, lease.grant, deadline_ns))
 
-    def _secured(self, lease: Lease, accepted: pb.LeaseEvent, error: str | None) -> None:
-        if lease.stage is not Stage.SECURING:
+    def _secured(self, lease: Lease, error: str | None) -> None:
+        if lease.stage is not SECURING:
             return
         if error is not None and not lease.stale:
             # Without its handle in the journal a restarted agent would end the
             # job as a stray: it must not begin.
-            self._desk.events.remove([accepted.seq])
+            self._desk.events.remove(lease.accepted_seq)
             lease.rejected = _infrastructure("JOURNAL_UNAVAILABLE", error)
             self._desk.put(Stop(lease.lease_id, StopCause.STALE, None))
             return
-        lease.stage = Stage.ACCEPTED
+        lease.stage = ACCEPTED
         self._begin(lease)
 
     def _begin(self, lease: Lease) -> None:
@@ -408,52 +459,48 @@ class LeaseTable:
 
     def _begin_restored(self, lease: Lease) -> None:
         """Begins what was accepted before a restart: only once the server has confirmed it."""
-        if lease.restored and lease.stage is Stage.ACCEPTED and lease.confirmed:
+        if lease.restored and lease.stage is ACCEPTED and lease.confirmed:
             self._begin(lease)
 
     def _stop(self, lease: Lease, cause: StopCause, grace: timedelta | None) -> None:
-        if lease.stage is Stage.ENDED:
+        if lease.stage is ENDED:
             self._say_again(lease)
             return
         if lease.stop is None:
             lease.stop = StopRequest(cause, grace)
-        if lease.stage >= Stage.SECURING and not lease.abandoned:
+        if lease.stage >= SECURING and not lease.abandoned:
             self._desk.put(Stop(lease.lease_id, cause, grace))
-        elif lease.stage is Stage.PREPARING:
+        elif lease.stage is PREPARING:
             lease.stop = StopRequest(lease.stop.cause, grace)
 
     def _make_stale(self, lease: Lease) -> None:
         """Stops and forgets; nothing more is told about it."""
         lease.confirmed = False
-        lease.progress = None
+        self.progress.drop(lease)
         lease.log.pause()
+        self.logs.moved(lease.lease_id, lease.log)
         self._desk.drop(self._desk.events.remove_lease(lease.lease_id))
         if lease.stale:
             return
         lease.stale = True
-        if lease.stage is Stage.ENDED:
+        if lease.stage is ENDED:
             self._forget(lease)
-        elif lease.stage >= Stage.SECURING:
+        elif lease.stage >= SECURING:
             self._desk.put(Stop(lease.lease_id, StopCause.STALE, None))
 
-    def _end(self, lease: Lease, event: pb.Ended) -> None:
-        lease.stage = Stage.ENDED
-        lease.ended_event = event
-        lease.log.final_offset = event.final_log_offset
-        log.info(
-            "job ended",
-            extra={
-                "event": "ended",
-                "lease_id": lease.lease_id,
-                "job_id": lease.job_id,
-                "outcome": Outcome(event.outcome).name,
-            },
-        )
-        entries: list[Entry | pb.LeaseEvent] = [PutPhase(lease.lease_id, LeasePhase.DRAINING)]
+    def _end(self, lease: Lease, event: pb.LeaseEvent) -> None:
+        lease.stage = ENDED
+        lease.ended_event = ended = event.ended
+        lease.log.final_offset = ended.final_log_offset
+        self._begun.pop(lease.lease_id, None)
+        if log.isEnabledFor(logging.INFO):
+            fields = {"event": "ended", "lease_id": lease.lease_id, "job_id": lease.job_id}
+            log.info("job ended", extra={**fields, "outcome": Outcome(ended.outcome).name})
+        self._desk.record(PutPhase(lease.lease_id, LeasePhase.DRAINING))
         if lease.checkpoint_next is not None:
-            entries.append(_event(lease, checkpoint_saved=pb.CheckpointSaved(cursor=lease.checkpoint_next)))
+            self._desk.tell(_checkpoint(lease, lease.checkpoint_next), "checkpoint_saved")
             lease.checkpoint_next = None
-        self._desk.journal([*entries, _event(lease, ended=event)])
+        self._desk.tell(event, "ended")
 
     def _reject(self, lease: Lease, error: job_pb2.JobError) -> None:
         log.warning(
@@ -466,30 +513,40 @@ class LeaseTable:
                 "error": error.message,
             },
         )
-        self._leave(lease, [_event(lease, rejected=pb.Rejected(error=error))])
+        self._leave(lease)
+        event = pb.LeaseEvent(job_id=lease.job_id, lease_id=lease.lease_id, rejected=pb.Rejected(error=error))
+        self._desk.tell(event, "rejected")
 
     def _give_back(self, lease: Lease, reason: str) -> None:
         log.info(
             "lease released",
             extra={"event": "released", "lease_id": lease.lease_id, "job_id": lease.job_id, "reason": reason},
         )
-        self._leave(lease, [_event(lease, released=pb.Released(reason=reason))])
+        self._leave(lease)
+        self._desk.tell(_released(lease.job_id, lease.lease_id, reason), "released")
 
     def _forget_if_done(self, lease: Lease) -> None:
-        if lease.stage is Stage.ENDED and lease.end_acked and lease.log.complete:
+        if lease.stage is ENDED and lease.end_acked and lease.log.complete:
             self._forget(lease)
 
     def _forget(self, lease: Lease) -> None:
-        log.debug("lease forgotten", extra={"event": "forgotten", "lease_id": lease.lease_id, "job_id": lease.job_id})
+        if log.isEnabledFor(logging.DEBUG):
+            fields = {"event": "forgotten", "lease_id": lease.lease_id, "job_id": lease.job_id}
+            log.debug("lease forgotten", extra=fields)
         dropped = self._desk.events.remove_lease(lease.lease_id)
-        self._leave(lease, [DropEvents(dropped)] if dropped else [])
+        self._leave(lease)
+        if dropped:
+            self._desk.record(DropEvents(dropped))
 
-    def _leave(self, lease: Lease, entries: Iterable[Entry | pb.LeaseEvent]) -> None:
+    def _leave(self, lease: Lease) -> None:
         """No longer holds a lease. Its files go only after its row: a row without files would read as a loss."""
         lease_id = lease.lease_id
         self._held.pop(lease_id, None)
+        self.progress.drop(lease)
+        self.logs.forget(lease_id)
         self._bury(lease_id)
-        self._desk.journal([DropLease(lease_id), *entries], lambda _error: self._desk.put(Forget(lease_id)))
+        self._desk.record(DropLease(lease_id))
+        self._desk.put_after_commit(Forget(lease_id))
 
     def _release_unheld(self, job_id: str, lease_id: int, reason: str) -> None:
         """Answers for a lease that is not held, with what is still owed about it or with Released.
@@ -499,57 +556,63 @@ class LeaseTable:
         if lease_id in self._undecided:
             self._undecided[lease_id] = job_id
             return
-        if any(True for _ in self._desk.events.of_lease(lease_id)):
+        if self._desk.events.of_lease(lease_id):
             self._desk.events.unsend(lease_id)
             return
         self._bury(lease_id)
-        event = pb.LeaseEvent(job_id=job_id, lease_id=lease_id, released=pb.Released(reason=reason))
-        self._desk.journal([DropLease(lease_id), event])
+        self._desk.record(DropLease(lease_id))
+        self._desk.tell(_released(job_id, lease_id, reason), "released")
 
     def _drop_unheld(self, lease_id: int) -> None:
         dropped = self._desk.events.remove_lease(lease_id)
         self._bury(lease_id)
-        self._desk.journal([DropLease(lease_id), *([DropEvents(dropped)] if dropped else [])])
+        self._desk.record(DropLease(lease_id))
+        if dropped:
+            self._desk.record(DropEvents(dropped))
 
     def _bury(self, lease_id: int) -> None:
-        self._tombstones.pop(lease_id, None)
-        self._tombstones[lease_id] = None
-        while len(self._tombstones) > MAX_TOMBSTONES:
-            del self._tombstones[next(iter(self._tombstones))]
+        tombstones = self._tombstones
+        tombstones[lease_id] = None
+        tombstones.move_to_end(lease_id)
+        while len(tombstones) > MAX_TOMBSTONES:
+            tombstones.popitem(last=False)
 
     def _say_again(self, lease: Lease) -> None:
         """Repeats what is so of a held lease. What is not journalled yet is said when it is."""
-        if lease.abandoned or lease.stage < Stage.ACCEPTED:
+        if lease.abandoned or lease.stage < ACCEPTED:
             return
-        if lease.stage is Stage.ENDED and lease.ended_event is None:
+        if lease.stage is ENDED and lease.ended_event is None:
             # Found again after a restart, and not read yet: it will be told.
             return
-        owed = list(self._desk.events.of_lease(lease.lease_id))
+        if lease.lease_id in self._begun:
+            return
+        owed = self._desk.events.of_lease(lease.lease_id)
         self._desk.events.unsend(lease.lease_id)
-        if lease.stage is Stage.ENDED and lease.ended_event is not None:
-            kind, event = "ended", _event(lease, ended=lease.ended_event)
-        elif lease.stage is Stage.RUNNING:
-            kind, event = "running", _event(lease, running=lease.start_time_event or pb.Running())
+        if lease.stage is ENDED and lease.ended_event is not None:
+            kind, event = "ended", _ended(lease, lease.ended_event)
+        elif lease.stage is RUNNING:
+            kind, event = "running", _running(lease)
         else:
-            kind, event = "accepted", _event(lease, accepted=pb.Accepted())
+            kind = "accepted"
+            event = _accepted(lease)
         if all(pending.kind != kind for pending in owed):
             # Not journalled: it tells nothing that the journal does not know.
-            self._desk.events.add(event, committed=True)
+            self._desk.events.add(event, kind, committed=True)
 
     def _put_checkpoint(self, lease: Lease, cursor: str) -> None:
-        event = _event(lease, checkpoint_saved=pb.CheckpointSaved(cursor=cursor))
-        entries: list[Entry | pb.LeaseEvent] = [event]
+        # In the order they happened: it runs, then it saves.
+        self.settle_begun()
         unsent = self._desk.events.get(lease.checkpoint_seq)
+        lease.checkpoint_seq = self._desk.tell(_checkpoint(lease, cursor), "checkpoint_saved").seq
         # With a live stream the older one is about to leave: replaced by each
         # next one, none would ever be sent.
         if unsent is not None and unsent.sent_ns is None and self._session.link is not Link.UP:
-            self._desk.events.remove([lease.checkpoint_seq])
-            entries.append(DropEvents((lease.checkpoint_seq,)))
-        self._desk.journal(entries, lambda _error: self._checkpointed(lease))
-        lease.checkpoint_seq = event.seq
+            self._desk.events.remove(unsent.seq)
+            self._desk.record(DropEvents((unsent.seq,)))
+        self._desk.after_commit(self._checkpointed, lease)
 
-    def _checkpointed(self, lease: Lease) -> None:
-        if (cursor := lease.checkpoint_next) is not None and lease.stage is not Stage.ENDED:
+    def _checkpointed(self, lease: Lease, _error: str | None) -> None:
+        if (cursor := lease.checkpoint_next) is not None and lease.stage is not ENDED:
             lease.checkpoint_next = None
             self._put_checkpoint(lease, cursor)
 
@@ -561,32 +624,42 @@ class LeaseTable:
             log.error("contradictory log position ignored", extra={"event": "log_resume", "lease_id": lease.lease_id})
             position = lease.log.acked
         lease.log.resume(position, now_ns)
+        self.logs.moved(lease.lease_id, lease.log)
+
+    def _grow(self, lease: Lease, stdout_bytes: int, stderr_bytes: int) -> None:
+        if stdout_bytes or stderr_bytes:
+            lease.log.grow(stdout_bytes, stderr_bytes)
+            self.logs.moved(lease.lease_id, lease.log)
 
     def _renew(self, lease: Lease) -> None:
-        if lease.confirmed and not lease.abandoned and Stage.SECURING <= lease.stage <= Stage.RUNNING:
-            self._desk.put(Renew(lease.lease_id, lease.deadline_ns(self._session.renewed_ns)))
+        deadline_ns = lease.deadline_ns(self._session.renewed_ns)
+        if deadline_ns == lease.told_deadline_ns:
+            return
+        if lease.confirmed and not lease.abandoned and SECURING <= lease.stage <= RUNNING:
+            lease.told_deadline_ns = deadline_ns
+            self._desk.put(Renew(lease.lease_id, deadline_ns))
 
 
-def _event(
-    lease: Lease,
-    *,
-    accepted: pb.Accepted | None = None,
-    rejected: pb.Rejected | None = None,
-    running: pb.Running | None = None,
-    ended: pb.Ended | None = None,
-    released: pb.Released | None = None,
-    checkpoint_saved: pb.CheckpointSaved | None = None,
-) -> pb.LeaseEvent:
-    return pb.LeaseEvent(
-        job_id=lease.job_id,
-        lease_id=lease.lease_id,
-        accepted=accepted,
-        rejected=rejected,
-        running=running,
-        ended=ended,
-        released=released,
-        checkpoint_saved=checkpoint_saved,
-    )
+def _accepted(lease: Lease) -> pb.LeaseEvent:
+    return pb.LeaseEvent(job_id=lease.job_id, lease_id=lease.lease_id, accepted=_ACCEPTED)
+
+
+def _running(lease: Lease) -> pb.LeaseEvent:
+    running = pb.Running(start_time=outcomes.timestamp(lease.start_time) if lease.start_time is not None else None)
+    return pb.LeaseEvent(job_id=lease.job_id, lease_id=lease.lease_id, running=running)
+
+
+def _ended(lease: Lease, ended: pb.Ended) -> pb.LeaseEvent:
+    return pb.LeaseEvent(job_id=lease.job_id, lease_id=lease.lease_id, ended=ended)
+
+
+def _checkpoint(lease: Lease, cursor: str) -> pb.LeaseEvent:
+    saved = pb.CheckpointSaved(cursor=cursor)
+    return pb.LeaseEvent(job_id=lease.job_id, lease_id=lease.lease_id, checkpoint_saved=saved)
+
+
+def _released(job_id: str, lease_id: int, reason: str) -> pb.LeaseEvent:
+    return pb.LeaseEvent(job_id=job_id, lease_id=lease_id, released=pb.Released(reason=reason))
 
 
 def _infrastructure(type_: str, message: str) -> job_pb2.JobError:

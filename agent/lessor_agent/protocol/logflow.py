@@ -14,7 +14,6 @@ server takes a chunk only at its end offset.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from lessor.v1 import agent_service_pb2 as pb
@@ -30,20 +29,23 @@ RESEND_AFTER_NS = 10_000_000_000
 """Bytes that are not acked for this long are sent again."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Position:
-    """A place in an attempt's log."""
+    """A place in an attempt's log. Nobody changes one; not frozen, since to make a frozen one is dear."""
 
     stdout: int = 0
     stderr: int = 0
+    offset: int = field(init=False, repr=False, compare=False)
+    """Bytes of both streams together."""
 
-    @property
-    def offset(self) -> int:
-        """Bytes of both streams together."""
-        return self.stdout + self.stderr
+    def __post_init__(self) -> None:
+        self.offset = self.stdout + self.stderr
 
 
-@dataclass(frozen=True, slots=True)
+_START = Position()
+
+
+@dataclass(slots=True)
 class Chunk:
     """Bytes to send: ``length`` bytes of ``stream`` from ``file_offset`` on, at ``offset`` of the log."""
 
@@ -57,10 +59,10 @@ class Chunk:
 class LeaseLog:
     """The flow of one attempt's log."""
 
-    available: Position = field(default_factory=Position)
+    available: Position = _START
     """What the output files hold."""
-    sent: Position = field(default_factory=Position)
-    acked: Position = field(default_factory=Position)
+    sent: Position = _START
+    acked: Position = _START
     final_offset: int | None = None
     """Length of the whole log, once the workload is over."""
     is_open: bool = False
@@ -69,6 +71,8 @@ class LeaseLog:
     """When the first unacked byte was sent, or the last ack came."""
     went_back_at: int = -1
     """Offset of the last return, so that repeated refusals cause one."""
+    counted_bytes: int = 0
+    """What the shared window counts of it; see :class:`lessor_agent.protocol.logwindow.LogWindow`."""
 
     @property
     def in_flight(self) -> int:
@@ -87,7 +91,9 @@ class LeaseLog:
 
     def grow(self, stdout_bytes: int, stderr_bytes: int) -> None:
         """Takes note of what the files hold; a file that shrank counts with its former length."""
-        self.available = Position(max(self.available.stdout, stdout_bytes), max(self.available.stderr, stderr_bytes))
+        known = self.available
+        if stdout_bytes > known.stdout or stderr_bytes > known.stderr:
+            self.available = Position(max(known.stdout, stdout_bytes), max(known.stderr, stderr_bytes))
 
     def resume(self, position: Position, now_ns: int) -> None:
         """Goes on from ``position``: the server's word at the start of a session."""
@@ -150,31 +156,3 @@ def position_of(message: pb.LogPosition) -> Position | None:
     if message.end_offset != message.stdout_bytes + message.stderr_bytes:
         return None
     return Position(message.stdout_bytes, message.stderr_bytes)
-
-
-def allot(logs: Iterable[tuple[int, LeaseLog]], window_bytes: int, now_ns: int) -> Iterator[tuple[int, Chunk]]:
-    """Yields (lease_id, chunk) while the window has room, in turns, no lease beyond its fair share.
-
-    Args:
-        logs: (lease_id, log) of every held lease.
-        window_bytes: Unacked bytes allowed in all.
-        now_ns: CLOCK_BOOTTIME.
-    """
-    everything = list(logs)
-    waiting = [(lease_id, log) for lease_id, log in everything if log.is_open and log.pending > 0]
-    if not waiting:
-        return
-    room = window_bytes - sum(log.in_flight for _, log in everything)
-    busy = sum(1 for _, log in everything if log.is_open and (log.pending > 0 or log.in_flight > 0))
-    # A lease alone may fill the window; with others it leaves them theirs.
-    share = max(MAX_CHUNK_BYTES, window_bytes // busy)
-    while waiting and room > 0:
-        again = []
-        for lease_id, log in waiting:
-            chunk = log.next_chunk(min(room, share - log.in_flight), now_ns)
-            if chunk is None:
-                continue
-            room -= chunk.length
-            yield lease_id, chunk
-            again.append((lease_id, log))
-        waiting = again

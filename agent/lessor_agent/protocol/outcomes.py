@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -18,6 +19,9 @@ MAX_MESSAGE_BYTES = 16384
 MAX_TRACEBACK_BYTES = 65536
 MAX_RESULT_BYTES = 262144
 MAX_CURSOR_BYTES = 65536
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_DAY_S = 86400
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +54,34 @@ class _Verdict:
     error: job_pb2.JobError | None
 
 
+_SUCCEEDED = _Verdict(Outcome.SUCCEEDED, None)
+
+
 def ended(ending: Ending) -> pb.Ended:
     """Returns the event that tells the server of ``ending``."""
+    message = pb.Ended()
+    write_ended(message, ending, ending.stdout_bytes + ending.stderr_bytes)
+    return message
+
+
+def write_ended(message: pb.Ended, ending: Ending, final_log_offset: int) -> None:
+    """Writes what the server is told of ``ending`` into an empty message, where it stands: nothing is copied."""
     verdict = _judge(ending)
-    message = pb.Ended(
-        outcome=job_pb2.Outcome.ValueType(verdict.outcome),
-        final_log_offset=ending.stdout_bytes + ending.stderr_bytes,
-        error=verdict.error,
-    )
-    if verdict.outcome is Outcome.SUCCEEDED:
+    message.outcome = job_pb2.Outcome.ValueType(verdict.outcome)
+    if final_log_offset:
+        message.final_log_offset = final_log_offset
+    if verdict.error is not None:
+        message.error.CopyFrom(verdict.error)
+    if ending.result_json and verdict.outcome is Outcome.SUCCEEDED:
         message.result_json = ending.result_json
     if (end := ending.exit) is not None:
         if end.exit_code is not None:
             message.exit_code = end.exit_code
-        message.signal = end.signal
+        if end.signal:
+            message.signal = end.signal
         if end.started_at is not None:
-            message.start_time.CopyFrom(timestamp(end.started_at))
-        message.end_time.CopyFrom(timestamp(end.ended_at))
-    return message
+            message.start_time.CopyFrom(_timestamp(end.started_at))
+        message.end_time.CopyFrom(_timestamp(end.ended_at))
 
 
 def stopped_before_start(cause: StopCause) -> pb.Ended:
@@ -90,9 +104,12 @@ def job_error(
 
 def timestamp(when: datetime) -> Timestamp:
     """Returns an aware datetime as a proto timestamp."""
-    stamp = Timestamp()
-    stamp.FromDatetime(when.astimezone(UTC))
-    return stamp
+    since = when - _EPOCH
+    return Timestamp(seconds=since.days * _DAY_S + since.seconds, nanos=since.microseconds * 1000)
+
+
+_timestamp = lru_cache(maxsize=64)(timestamp)
+"""For those who only copy it. What ends together often has its times in common."""
 
 
 def clip(text: str, max_bytes: int) -> str:
@@ -109,7 +126,7 @@ def _judge(ending: Ending) -> _Verdict:
         return _host_rebooted() if ending.rebooted else _keeper_died()
     if end.exit_code == 0 and end.start_error is None:
         # Also when a stop was asked for: what ended well within its grace has done its work.
-        return _Verdict(Outcome.SUCCEEDED, None)
+        return _SUCCEEDED
     if end.stop_cause is StopCause.KEEPER_DIED and ending.rebooted:
         return _host_rebooted()
     if end.stop_cause is not None:

@@ -22,6 +22,9 @@ from tests.support.fake_server import Connection, FakeAgentServer
 
 pytestmark = pytest.mark.integration
 
+TOLD = (["accepted", "running", "ended"], ["accepted", "ended"], ["ended"])
+"""What the server hears of a job that ends at once: an end supersedes what was not sent before it."""
+
 
 @asynccontextmanager
 async def agent_process(
@@ -72,7 +75,7 @@ async def test_a_real_job_from_grant_to_result(tmp_path: Path) -> None:
     assert Outcome(ended.outcome) is Outcome.SUCCEEDED
     assert ended.result_json == b"42"
     assert (server.log(1, 1), server.log(1, 2)) == (b"token 1\n", b"oops\n")
-    assert server.events(1) == ["accepted", "running", "ended"]
+    assert server.events(1) in TOLD
 
 
 async def test_failures_of_real_jobs(tmp_path: Path) -> None:
@@ -83,7 +86,8 @@ async def test_failures_of_real_jobs(tmp_path: Path) -> None:
     assert (exited.error.type, exited.exit_code) == ("EXIT_CODE", 3)
     assert (killed.error.type, killed.signal) == ("SIGNAL", 9)
     assert (missing.error.type, missing.error.retryable) == ("START_FAILED", False)
-    assert [server.events(lease_id) for lease_id in (1, 3)] == [["accepted", "running", "ended"], ["accepted", "ended"]]
+    assert server.events(1) in TOLD
+    assert server.events(3) in TOLD[1:]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may start a job as another user")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +16,8 @@ from lessor.lifecycle import Outcome
 from lessor.v1 import agent_service_pb2 as pb
 from lessor_agent import adoption
 from lessor_agent.adoption import adopt
-from lessor_agent.journal import Contents, Journal, JournalUnavailable
+from lessor_agent.journal import Contents, Done, Journal, JournalUnavailable
+from lessor_agent.protocol.actions import Entry
 from lessor_agent.protocol.core import AgentCore
 from lessor_agent.runtimes.base import RuntimeContext, StopCause
 from lessor_agent.stream import GrpcStreams
@@ -92,6 +93,7 @@ async def test_a_job_runs_from_grant_to_forgotten(bench: Bench) -> None:
         server = await bench.server.welcomed()
         server.grant_ids(1)
         job = await bench.host.running(1)
+        await server.event(1, "running")
         job.write(stdout=b"hello\n", stderr=b"careful\n")
         job.tell(type="progress", fraction=0.5, message="half")
         job.tell(type="metrics", values={"loss": 0.25})
@@ -285,6 +287,7 @@ async def test_unacked_events_outlive_the_agent(bench: Bench) -> None:
         server.acks_events = False
         server.grant_ids(1)
         job = await bench.host.running(1)
+        await server.event(1, "running")
         job.end(exit_code=3)
         first = await server.event(1, "ended")
     async with bench.agent():
@@ -422,3 +425,38 @@ async def test_unreadable_output_of_one_job_costs_the_others_nothing(bench: Benc
             assert Outcome(ended.outcome) is Outcome.SUCCEEDED
         await server.until(lambda: bool(server.heartbeats()) and not server.heartbeats()[-1].lease_ids)
         assert server.log(2, 1) == b"fine"
+
+
+async def test_a_message_of_many_grants_costs_few_transactions_and_few_messages(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transactions: list[int] = []
+    submit = Journal.submit
+
+    def counted(journal: Journal, ticket: int, entries: Sequence[Entry], done: Done) -> None:
+        transactions.append(ticket)
+        submit(journal, ticket, entries, done)
+
+    monkeypatch.setattr(Journal, "submit", counted)
+    leases = range(1, 101)
+    async with bench.agent():
+        server = await bench.server.welcomed()
+        server.grant_ids(*leases)
+        await server.until(lambda: all("running" in server.events(lease_id) for lease_id in leases))
+    assert len(transactions) < 20
+    assert len([message for message in server.received if message.HasField("lease_events")]) < 20
+
+
+async def test_an_action_that_cannot_be_carried_out_ends_the_agent_loudly(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bench.agent() as agent:
+        server = await bench.server.welcomed()
+
+        def broken(*_arguments: object, **_options: object) -> None:
+            raise RuntimeError("broken invariant")
+
+        monkeypatch.setattr(Journal, "submit", broken)
+        server.grant_ids(1)
+        with pytest.raises(RuntimeError, match="broken invariant"):
+            await asyncio.wait_for(agent.task, 10)

@@ -7,7 +7,8 @@ import pytest
 from lessor.lifecycle import LeasePhase
 from lessor.v1 import job_pb2
 from lessor_agent.protocol import actions as act
-from lessor_agent.protocol.logflow import MAX_CHUNK_BYTES, RESEND_AFTER_NS, LeaseLog, Position, allot
+from lessor_agent.protocol.logflow import MAX_CHUNK_BYTES, RESEND_AFTER_NS, LeaseLog, Position
+from lessor_agent.protocol.logwindow import LogWindow
 from tests.support.agent_core import SECOND_NS, CoreDriver, its_end_is_known, keep, log_position
 
 pytestmark = pytest.mark.unit
@@ -209,11 +210,12 @@ def test_a_fresh_agent_goes_on_at_the_servers_position_before_it_has_looked_at_t
 
 
 def test_many_leases_take_turns() -> None:
-    logs = []
+    window = LogWindow()
+    window.window_bytes = 8 * MAX_CHUNK_BYTES
     for lease_id in range(4):
         log = LeaseLog()
         log.resume(Position(), 0)
         log.grow(10 * MAX_CHUNK_BYTES, 0)
-        logs.append((lease_id, log))
-    order = [lease_id for lease_id, _ in allot(logs, 8 * MAX_CHUNK_BYTES, 0)]
+        window.moved(lease_id, log)
+    order = [lease_id for lease_id, _ in window.take(0)]
     assert order == [0, 1, 2, 3, 0, 1, 2, 3]
