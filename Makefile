@@ -11,10 +11,13 @@ WORKERS ?= 2
 # What `make test` runs, and more options for pytest.
 TESTS ?= tests
 PYTEST_ARGS ?=
+# For `make bench`: some scenarios only, and options of `python -m benchmarks` (--save, --out DIR).
+SCENARIOS ?=
+BENCH_ARGS ?=
 # For `make lock`: --upgrade, or --upgrade-package NAME.
 LOCK_ARGS ?=
 
-CHECKED := client server agent tests proto examples
+CHECKED := client server agent tests proto examples benchmarks
 DEPENDENCIES := $(VENV)/.dependencies
 READY := $(VENV)/.ready
 
@@ -27,7 +30,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help
 help: ## List the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: $(READY) ## Make .venv from the hash-pinned lock (PYTHON=python3.x chooses)
@@ -57,6 +60,16 @@ test: $(READY) ## Run all tests (TESTS=path, WORKERS=n, PYTEST_ARGS=…)
 test-unit: $(READY) ## Run the unit tests, under 20 seconds
 	@$(BIN)/python -m pytest -n $(WORKERS) tests/unit $(PYTEST_ARGS)
 
+.PHONY: bench
+bench: $(READY) ## Run all benchmarks, peers included (SCENARIOS="drain growth", BENCH_ARGS="--out DIR")
+	@$(BIN)/python -m benchmarks.peers
+	@$(BIN)/python -m benchmarks $(SCENARIOS) $(BENCH_ARGS)
+
+.PHONY: bench-quick
+bench-quick: $(READY) ## Run the quick benchmarks, under a minute once their peers are installed
+	@$(BIN)/python -m benchmarks.peers --quick
+	@$(BIN)/python -m benchmarks --quick $(SCENARIOS) $(BENCH_ARGS)
+
 .PHONY: check
 check: $(READY) ## Lint, format, types, layers, contract
 	@$(BIN)/ruff check $(CHECKED)
@@ -82,7 +95,7 @@ verify: $(READY) ## Check generated code for drift; buf lint, format, breaking
 
 .PHONY: lock
 lock: $(READY) ## Resolve pyproject.toml into requirements/*.txt (LOCK_ARGS=--upgrade)
-	@$(LOCK) --extra server --extra agent --extra examples --extra dev --output-file requirements/dev.txt
+	@$(LOCK) --extra server --extra agent --extra examples --extra bench --extra dev --output-file requirements/dev.txt
 	@$(LOCK) --extra server --constraint requirements/dev.txt --output-file requirements/server.txt
 	@$(LOCK) --extra agent --constraint requirements/dev.txt --output-file requirements/agent.txt
 
@@ -93,4 +106,4 @@ LOCK = $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version
 .PHONY: clean
 clean: ## Remove .venv and every cache
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build
-	@find client server agent tests proto examples -name __pycache__ -prune -exec rm -rf {} +
+	@find $(CHECKED) -name __pycache__ -prune -exec rm -rf {} +

@@ -30,6 +30,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from benchmarks.report import percentile
 from lessor import __version__, timing
+from lessor.open_files import raise_open_files
 from lessor.v1 import agent_service_pb2 as pb
 from lessor.v1 import job_pb2
 from lessor_agent.boottime import boottime_ns
@@ -352,6 +353,7 @@ def main() -> None:
         # `--chatty=True`, as all options are given by the benchmark.
         [argument.removesuffix("=True") for argument in sys.argv[1:] if not argument.endswith("=False")]
     )
+    raise_open_files()
     uvloop.run(_serve(options))
 
 

@@ -241,7 +241,7 @@ def _time_of(day: int) -> datetime:
     return datetime.fromtimestamp(day * 86_400, UTC)
 
 
-# The arithmetic only scatters templates over the day.
+# By a hash: what a job is must not go with what becomes of it.
 _JOBS = f"""
 INSERT INTO {{job}} (id, queue_id, shape_id, priority, name, labels, spec, ttl_ms, start_timeout_ms, max_failures,
     max_losses, backoff_initial_ms, backoff_max_ms, submitted_at)
@@ -251,7 +251,7 @@ FROM (SELECT n, CAST($2 AS timestamptz) + n * CAST($3 AS interval) AS at
     FROM generate_series(0, CAST($1 AS int) - 1) AS n) AS i
 JOIN history_template AS t ON t.id = CASE
     WHEN (n + CAST($4 AS bigint) * $1) % {RARE_EVERY} = 0 THEN {PAST_SPECS}
-    ELSE (n * 7919::bigint + $4) % {PAST_SPECS}
+    ELSE (hashint8(n + CAST($4 AS bigint) * $1) & 2147483647) % {PAST_SPECS}
 END
 """
 

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 
 from lessor.v1 import job_pb2
-from lessor_server.services.submission import prepare
+from lessor_server.services.submission import Submissions
 from lessor_server.store.catalog import Catalog
 from lessor_server.store.database import Database
 
@@ -62,12 +62,12 @@ async def make_templates(url: str, specs: Sequence[job_pb2.JobSpec]) -> None:
         rows = []
         for queue in {spec.queue for spec in specs}:
             await database.query("INSERT INTO queue (name) VALUES ($1) ON CONFLICT DO NOTHING", queue)
-        for index, spec in enumerate(specs):
-            job = prepare(spec, "spec")
+        for index, job in enumerate(await Submissions().prepare_all(specs, single=False)):
+            terms = job.terms
             rows.append(
-                (index, await catalog.queue_id(job.queue), await catalog.shape_id(job.shape), job.priority, job.name,
-                 job.labels_json, job.spec, job.ttl_ms, job.max_failures, job.max_losses, job.backoff_initial_ms,
-                 job.backoff_max_ms)
+                (index, await catalog.queue_id(terms.queue), await catalog.shape_id(terms.shape), terms.priority,
+                 job.name, job.labels_json, job.spec, terms.ttl_ms, terms.max_failures, terms.max_losses,
+                 terms.backoff_initial_ms, terms.backoff_max_ms)
             )  # fmt: skip
         async with database.pool.acquire() as connection:
             await connection.execute(

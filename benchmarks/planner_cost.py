@@ -26,7 +26,7 @@ def rows(shapes: Sequence[int], jobs: Sequence[int]) -> list[dict[str, Cell]]:
     grant, and the number of all. On a free fleet a cycle grants as many as it may; on a full one it looks at every
     shape and grants nothing.
     """
-    found = []
+    found: list[dict[str, Cell]] = []
     for shape_count in shapes:
         for job_count in jobs:
             groups = _groups(shape_count, job_count)

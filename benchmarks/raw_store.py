@@ -119,9 +119,8 @@ class _Bare:
         await self._end(await self._claim(self._stored.pop()))
 
     async def _submit(self, size: int) -> list[int]:
-        row = submit.JobRow(
-            self._queue_id, self._shape_id, 0, "", "{}", self._spec, 60_000, None, None, 1, 10, 1000, 300_000, None, None
-        )  # fmt: skip
+        terms = submit.JobTerms(self._queue_id, self._shape_id, 0, 60_000, None, None, 1, 10, 1000, 300_000)
+        row = submit.JobRow(terms, "", "{}", self._spec)
         request = submit.Request("", uuid.uuid4().hex, os.urandom(32), [row] * size)
         (answer,) = await submit.submit_batch(self._database, [request])
         assert isinstance(answer, submit.Submitted)

@@ -19,7 +19,7 @@ class Result:
     scenario: str
     title: str
     rows: list[dict[str, Cell]] = field(default_factory=list)
-    """Rows of the table; the first row's keys are its columns."""
+    """Rows of the table, column → cell. A row that shares but its first column with those before it begins another."""
     figures: dict[str, float] = field(default_factory=dict)
     """Name with unit → value, such as ``submit_to_running_p50_ms``. They depend on the machine."""
     ratios: dict[str, float] = field(default_factory=dict)
@@ -47,8 +47,7 @@ class Result:
     def text(self) -> str:
         """Returns the result as a table with its bounds and notes below."""
         parts = [f"{self.scenario}: {self.title}"]
-        if self.rows:
-            parts.append(_table(self.rows))
+        parts.extend(_table(rows) for rows in _tables(self.rows))
         for name in self.bounds:
             value = self.ratios.get(name, self.figures.get(name, float("nan")))
             verdict = "held" if self.held(name) else "MISSED"
@@ -116,6 +115,20 @@ def compare(results: Iterable[Result], committed: Mapping[str, float]) -> str:
                 }
             )
     return _table(rows) if rows else "no ratios"
+
+
+def _tables(rows: Iterable[dict[str, Cell]]) -> list[list[dict[str, Cell]]]:
+    """Returns the rows by table."""
+    tables: list[list[dict[str, Cell]]] = []
+    columns: set[str] = set()
+    for row in rows:
+        first, *others = row
+        if not tables or (others and columns - {first} and columns.isdisjoint(others)):
+            tables.append([])
+            columns = set()
+        tables[-1].append(row)
+        columns.update(row)
+    return tables
 
 
 def _table(rows: Sequence[Mapping[str, Cell]]) -> str:

@@ -134,7 +134,9 @@ class Postgres:
 class Server:
     """A ``lessor server``."""
 
-    def __init__(self, bench: Bench, postgres: Postgres, flags: tuple[str, ...], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, bench: Bench, postgres: Postgres, flags: tuple[str, ...], environment: Mapping[str, str]
+    ) -> None:
         self._bench = bench
         self._postgres = postgres
         self._flags = flags

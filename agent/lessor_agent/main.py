@@ -16,13 +16,13 @@ import uvloop
 
 from lessor import __version__
 from lessor.log import configure
+from lessor.open_files import raise_open_files
 from lessor.v1 import agent_service_pb2 as pb
 from lessor_agent.adoption import AdoptionImpossible, adopt
 from lessor_agent.config import AgentConfig, ConfigError, parse_arguments
 from lessor_agent.gpus import FakeGpus, Gpu, GpuInventory, NvmlGpus
 from lessor_agent.host import HostFacts, read_host
 from lessor_agent.journal import Contents, Journal, JournalUnavailable
-from lessor_agent.limits import raise_open_files
 from lessor_agent.protocol.core import AgentCore, Profile
 from lessor_agent.runtimes.base import Runtime, RuntimeContext, RuntimeFault, RuntimeUnavailable
 from lessor_agent.state_dir import StateDir, StateDirError

@@ -19,6 +19,8 @@ from lessor_agent.protocol.core import Loss
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+WINDOW_BYTES = 4 * 1024 * 1024
+"""What the server may send before it was read: the grants of one message."""
 MAX_OUTBOX_BYTES = 32 * 1024 * 1024
 MAX_OUTBOX_MESSAGES = 10_000
 """A stream that lets more pile up is stuck and given up; what was durable is sent again on the next."""
@@ -34,6 +36,9 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.enable_http_proxy", 0),
+    # The window is given: to find it by probing takes a ping for nearly every ack.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
     # The core decides when to try again: a channel must not sit out a backoff
     # of its own, nor share one with the channel before it.
     ("grpc.use_local_subchannel_pool", 1),

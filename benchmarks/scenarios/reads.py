@@ -6,11 +6,10 @@ All of it beside a fleet that drains a steady trickle of submits, with a past of
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -19,9 +18,10 @@ from typing import Any
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from benchmarks import history, history_specs
+from benchmarks.load import Load
 from benchmarks.report import Result, percentile
 from benchmarks.system import Bench, Postgres, Server
-from benchmarks.watchers import Watchers
+from benchmarks.watching import Cpu, Watching
 from lessor.v1 import fleet_service_pb2 as fleet_pb
 from lessor.v1 import job_pb2
 from lessor.v1 import job_service_pb2 as pb
@@ -36,9 +36,9 @@ WATCHERS = 1000
 _PAGE = 100
 _DEEPEST = 1000
 _DEPTHS = (1, 10, _DEEPEST)
+_MOST_WALKED = 150
+"""Calls on the way to a page that is timed, at most."""
 _SEED = 6
-_PROBE_EVERY_S = 0.1
-_HEARD_TIMEOUT_S = 30.0
 
 
 @dataclass
@@ -50,46 +50,6 @@ class Known:
     waiting: list[str]
     running: list[str]
     monday: datetime = field(default_factory=lambda: datetime.now(UTC) - timedelta(days=3))
-
-
-class Load:
-    """Submits no-op jobs at a steady rate from a thread of its own while the block runs."""
-
-    def __init__(self, server: Server, queues: Sequence[str], per_s: int, *, batch: int = 10) -> None:
-        self._server = server
-        self._queues = queues
-        self._per_s = per_s
-        self._batch = batch
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self.submitted = 0
-
-    def __enter__(self) -> Load:
-        """Begins."""
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Ends."""
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        queues = itertools.cycle(self._queues)
-        period_s = self._batch / self._per_s
-        due_s = time.monotonic()
-        with self._server.channel() as channel:
-            stub = self._server.jobs(channel)
-            while not self._stop.wait(max(0.0, due_s - time.monotonic())):
-                specs = [_no_op(next(queues)) for _ in range(self._batch)]
-                stub.SubmitJobs(pb.SubmitJobsRequest(specs=specs))
-                self.submitted += self._batch
-                due_s += period_s
-
-
-def _no_op(queue: str, *, gpus: int = 0) -> job_pb2.JobSpec:
-    resources = job_pb2.Resources(gpu_count=gpus) if gpus else None
-    return job_pb2.JobSpec(queue=queue, command=job_pb2.Command(argv=["/bin/true"]), resources=resources)
 
 
 # ---------------------------------------------------------------- unary reads
@@ -180,140 +140,21 @@ class Reads:
     def _tokens(self, fields: dict[str, Any]) -> Iterator[tuple[int, str]]:
         """Walks the list; yields depth and token of the pages that are timed.
 
-        It walks in larger pages, as far as they are as long as they may be: a token says after which job to go on.
+        It walks in larger pages, as far as they are full: a token says after which job to go on. Where they
+        are short, because a call looks at a bounded number of jobs, it ends long before the deepest page.
         """
-        passed, token = 0.0, ""
+        passed, token = 0, ""
         for depth in _DEPTHS:
+            calls = 0
             while passed < depth - 1:
-                step = int(min(10, depth - 1 - passed))
+                step = min(10, depth - 1 - passed)
                 page = self._stub.ListJobs(pb.ListJobsRequest(page_size=step * _PAGE, page_token=token, **fields))
                 token = page.next_page_token
-                if not token:
+                calls += 1
+                if not token or calls > _MOST_WALKED:
                     return
-                # A short page is one page, of a call that looked at all it may.
                 passed += step if len(page.jobs) == step * _PAGE else 1
             yield depth, token
-
-
-# ---------------------------------------------------------------- watchers
-
-
-@dataclass
-class _Cpu:
-    """CPU and time of one stretch of the measurement."""
-
-    server: Server
-    postgres: Postgres
-
-    def __post_init__(self) -> None:
-        self._before = (time.monotonic(), self.server.cpu_s(), self.postgres.cpu_s())
-
-    def shares(self) -> tuple[float, float]:
-        """Returns what the server and what PostgreSQL used of one core since it was made."""
-        began, server_s, postgres_s = self._before
-        seconds = time.monotonic() - began
-        return (self.server.cpu_s() - server_s) / seconds, (self.postgres.cpu_s() - postgres_s) / seconds
-
-
-class Watching:
-    """Times how soon watchers hear of a change."""
-
-    def __init__(self, bench: Bench, postgres: Postgres, server: Server, stub: Any, result: Result) -> None:
-        self._bench = bench
-        self._postgres = postgres
-        self._server = server
-        self._stub = stub
-        self._result = result
-
-    def run(
-        self,
-        what: str,
-        figure: str,
-        requests: Sequence[dict[str, Any]],
-        probe: Callable[[int], str],
-        state: job_pb2.JobState.ValueType,
-        listeners: int,
-    ) -> None:
-        """Opens the watches, makes changes one after the other, and asks who heard of them when.
-
-        Args:
-            what: For the table.
-            figure: Begins the names of the figures.
-            requests: One per watcher.
-            probe: Makes the change of that number; returns the job.
-            state: What the job then is.
-            listeners: So many watchers hear of each change.
-        """
-        probes = self._bench.scale(100, 20)
-        with Watchers(self._server.address) as watchers:
-            watchers.watch(requests)
-            before = watchers.count()
-            cpu = _Cpu(self._server, self._postgres)
-            began: dict[str, int] = {}
-            pause = threading.Event()
-            for number in range(probes):
-                began_ns = time.monotonic_ns()
-                began[probe(number)] = began_ns
-                # One after the other, and evenly.
-                pause.wait(max(0.0, _PROBE_EVERY_S - (time.monotonic_ns() - began_ns) / 1e9))
-            server_share, postgres_share = cpu.shares()
-            after = watchers.count()
-            heard = _heard(watchers, state, list(began), listeners)
-        took_ms = [(at - began[job_id]) / 1e6 for job_id, times in heard.items() for at in times]
-        seconds = probes * _PROBE_EVERY_S
-        self._result.rows.append(
-            {
-                "what": what,
-                "calls": len(took_ms),
-                "p50 ms": percentile(took_ms, 0.5),
-                "p99 ms": percentile(took_ms, 0.99),
-                "changes/s": (after[0] - before[0]) / seconds,
-                "messages/s": (after[1] - before[1]) / seconds,
-                "server cores": server_share,
-                "postgres cores": postgres_share,
-            }
-        )
-        self._result.figures[f"{figure}_p50_ms"] = percentile(took_ms, 0.5)
-        self._result.figures[f"{figure}_p99_ms"] = percentile(took_ms, 0.99)
-        self._result.figures[f"{figure}_server_cores"] = server_share
-
-    def cancel(self, job_ids: Sequence[str]) -> Callable[[int], str]:
-        """Returns a probe that cancels one of these jobs."""
-
-        def probe(number: int) -> str:
-            self._stub.CancelJobs(pb.CancelJobsRequest(job_ids=[job_ids[number]]))
-            return job_ids[number]
-
-        return probe
-
-    def submit(self, queues: Sequence[str]) -> Callable[[int], str]:
-        """Returns a probe that submits a job nobody can run, to one of the queues."""
-
-        def probe(number: int) -> str:
-            spec = _no_op(queues[number % len(queues)], gpus=8)
-            job_id: str = self._stub.SubmitJob(pb.SubmitJobRequest(spec=spec)).job_id
-            return job_id
-
-        return probe
-
-
-def _heard(
-    watchers: Watchers, state: job_pb2.JobState.ValueType, job_ids: Sequence[str], listeners: int
-) -> dict[str, list[int]]:
-    """Returns job → when each of the watchers heard of it, once all of them have.
-
-    Raises:
-        RuntimeError: They have not in time.
-    """
-    deadline_s = time.monotonic() + _HEARD_TIMEOUT_S
-    while True:
-        heard = watchers.seen(state, job_ids)
-        missing = sum(listeners - len(times) for times in heard.values())
-        if not missing:
-            return heard
-        if time.monotonic() > deadline_s:
-            raise RuntimeError(f"of {len(job_ids) * listeners} changes {missing} were not heard of")
-        threading.Event().wait(0.1)
 
 
 # ---------------------------------------------------------------- the scenario
@@ -373,7 +214,7 @@ def run(bench: Bench) -> Result:
                 for what, fields in filters(known).items():
                     bench.say(f"ListJobs {what}")
                     reads.pages(what, fields)
-                cpu = _Cpu(server, postgres)
+                cpu = Cpu(server, postgres)
                 threading.Event().wait(bench.scale(5, 1))
                 result.figures["server_cores_unwatched"] = cpu.shares()[0]
                 watching = Watching(bench, postgres, server, stub, result)

@@ -14,6 +14,8 @@ import uvloop
 from pydantic import ValidationError
 
 from lessor import log
+from lessor.open_files import raise_open_files
+from lessor_server import garbage
 from lessor_server import workers as worker_processes
 from lessor_server.config import ListenError, ServerSettings
 from lessor_server.domain.errors import DatabaseUnavailable, LessorServerError
@@ -129,8 +131,10 @@ async def serve_here(settings: ServerSettings) -> None:
     # Imported here: `lessor server --help` and `migrate` need none of it.
     from lessor_server.server import Server
 
+    raise_open_files()
     server = Server(settings)
     await server.start()
+    garbage.settle()
     # Whoever started this process reads the port from here.
     print(f"lessor server listens on {settings.listen.rpartition(':')[0]}:{server.port}", flush=True)
     loop = asyncio.get_running_loop()

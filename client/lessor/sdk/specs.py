@@ -18,7 +18,7 @@ from lessor import units
 from lessor.errors import InvalidArgument
 from lessor.sdk.checks import INT32_MAX, INT64_MAX, check_integer, check_mapping, check_text, refuse
 from lessor.sdk.selectors import LabelSelector, SelectorOperator
-from lessor.sdk.wire import JsonValue, duration_message, duration_of
+from lessor.sdk.wire import JsonValue, duration_of
 from lessor.v1 import job_pb2
 
 DurationLike: TypeAlias = str | int | float | timedelta
@@ -123,9 +123,12 @@ class JobSpec:
 
     def __post_init__(self) -> None:
         violations: dict[str, str] = {}
-        for entry in _FIELDS:
+        for attribute, default, entry in _CHECKS:
+            value = getattr(self, attribute)
+            if value is default:
+                continue
             try:
-                entry.check(entry.key, getattr(self, entry.attribute))
+                entry.check(entry.key, value)
             except InvalidArgument as error:
                 violations.update(error.violations)
         if violations:
@@ -211,36 +214,62 @@ class JobSpec:
         )
 
     def to_proto(self) -> job_pb2.JobSpec:
-        """Writes it for the wire."""
-        return job_pb2.JobSpec(
-            name=self.name,
-            queue=self.queue,
-            labels=self.labels,
-            runtime=self.runtime,
-            command=job_pb2.Command(argv=self.argv, env=self.env, working_dir=self.working_dir, user=self.user),
-            resources=job_pb2.Resources(
-                cpu_millis=self.cpu_millis,
-                memory_bytes=self.memory_bytes,
-                gpu_count=self.gpus,
-                gpu_model=self.gpu_model,
-                gpu_memory_bytes=self.gpu_memory_bytes,
-            ),
-            selectors=[selector.to_proto() for selector in self.selectors],
-            priority=self.priority,
-            retry=job_pb2.RetryPolicy(
-                max_failures=self.max_failures,
-                max_losses=self.max_losses,
-                backoff_initial=duration_message(self.backoff),
-                backoff_max=duration_message(self.backoff_max),
-            ),
-            timeouts=job_pb2.Timeouts(
-                queue=duration_message(self.queue_timeout),
-                start=duration_message(self.start_timeout),
-                run=duration_message(self.timeout),
-            ),
-            lease=job_pb2.LeasePolicy(ttl=duration_message(self.ttl), grace=duration_message(self.grace)),
-            dedupe_key=self.dedupe_key,
-        )
+        """Writes it for the wire: what is not given is left out."""
+        spec = job_pb2.JobSpec(name=self.name, queue=self.queue)
+        command = spec.command
+        command.SetInParent()
+        command.argv.extend(self.argv)
+        if self.env:
+            command.env.update(self.env)
+        if self.working_dir:
+            command.working_dir = self.working_dir
+        if self.user:
+            command.user = self.user
+        if self.labels:
+            spec.labels.update(self.labels)
+        if self.runtime:
+            spec.runtime = self.runtime
+        if self.priority:
+            spec.priority = self.priority
+        if self.dedupe_key:
+            spec.dedupe_key = self.dedupe_key
+        for selector in self.selectors:
+            spec.selectors.append(selector.to_proto())
+        self._write_resources(spec)
+        self._write_policies(spec)
+        return spec
+
+    def _write_resources(self, spec: job_pb2.JobSpec) -> None:
+        if self.cpu_millis is not None:
+            spec.resources.cpu_millis = self.cpu_millis
+        if self.memory_bytes:
+            spec.resources.memory_bytes = self.memory_bytes
+        if self.gpus:
+            spec.resources.gpu_count = self.gpus
+        if self.gpu_model:
+            spec.resources.gpu_model = self.gpu_model
+        if self.gpu_memory_bytes:
+            spec.resources.gpu_memory_bytes = self.gpu_memory_bytes
+
+    def _write_policies(self, spec: job_pb2.JobSpec) -> None:
+        if self.max_failures:
+            spec.retry.max_failures = self.max_failures
+        if self.max_losses:
+            spec.retry.max_losses = self.max_losses
+        if self.backoff is not None:
+            spec.retry.backoff_initial.FromTimedelta(self.backoff)
+        if self.backoff_max is not None:
+            spec.retry.backoff_max.FromTimedelta(self.backoff_max)
+        if self.queue_timeout is not None:
+            spec.timeouts.queue.FromTimedelta(self.queue_timeout)
+        if self.start_timeout is not None:
+            spec.timeouts.start.FromTimedelta(self.start_timeout)
+        if self.timeout is not None:
+            spec.timeouts.run.FromTimedelta(self.timeout)
+        if self.ttl is not None:
+            spec.lease.ttl.FromTimedelta(self.ttl)
+        if self.grace is not None:
+            spec.lease.grace.FromTimedelta(self.grace)
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,6 +469,9 @@ _BY_KEY = {entry.key: entry for entry in _FIELDS}
 _DEFAULTS: dict[str, Any] = {
     entry.name: {} if entry.name in ("labels", "env") else entry.default for entry in fields(JobSpec)
 }
+
+_CHECKS = tuple((entry.attribute, _DEFAULTS[entry.attribute], entry) for entry in _FIELDS)
+"""What each new spec is checked by: most of its fields are left at their defaults, which need no check."""
 
 FIELD_NAMES = tuple(_BY_KEY)
 """The fields of the JSON form, ``command`` first."""

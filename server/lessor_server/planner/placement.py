@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 
 from lessor_server.domain.shape import Selector, Shape
 from lessor_server.planner.fit import (
@@ -38,7 +38,7 @@ class Room:
     """What is free on one agent that takes jobs."""
 
     __slots__ = (
-        "_kind_of",
+        "_kinds",
         "agent",
         "cpu_free",
         "free_gpus",
@@ -51,8 +51,9 @@ class Room:
     )
 
     def __init__(
-        self, agent: Agent, number: int, max_offers: int, make: int, kind_of: Callable[[str, int], int]
+        self, agent: Agent, number: int, max_offers: int, make: int, kinds: Mapping[tuple[str, int], int]
     ) -> None:
+        """``kinds`` is (model, memory in bytes) → kind, of all GPUs of the agent."""
         self.agent = agent
         self.number = number
         """Position in the fleet, by id: what breaks ties."""
@@ -64,7 +65,7 @@ class Room:
         self.memory_free = agent.memory_bytes - agent.memory_bytes_used
         self.offers_left = max_offers - agent.offers
         self.free_gpus: list[tuple[int, Gpu]] = sorted(
-            ((kind_of(gpu.model, gpu.memory_bytes), gpu) for gpu in agent.gpus if gpu.uuid not in agent.gpus_used),
+            ((kinds[gpu.model, gpu.memory_bytes], gpu) for gpu in agent.gpus if gpu.uuid not in agent.gpus_used),
             key=_smallest_first,
         )
         """(kind, GPU), smallest memory first, then by index."""
@@ -72,7 +73,7 @@ class Room:
         """kind → free GPUs of it."""
         for kind, _ in self.free_gpus:
             self.gpu_kinds[kind] = self.gpu_kinds.get(kind, 0) + 1
-        self._kind_of = kind_of
+        self._kinds = kinds
 
     def take(self, shape: Shape, kinds: frozenset[int]) -> tuple[str, ...]:
         """Takes what ``shape`` needs, and returns the UUIDs of its GPUs by index on the host.
@@ -108,7 +109,7 @@ class Room:
         free = {gpu.uuid for _, gpu in self.free_gpus}
         for gpu in self.agent.gpus:
             if gpu.uuid in returned and gpu.uuid not in free:
-                kind = self._kind_of(gpu.model, gpu.memory_bytes)
+                kind = self._kinds[gpu.model, gpu.memory_bytes]
                 insort(self.free_gpus, (kind, gpu), key=_smallest_first)
                 self.gpu_kinds[kind] = self.gpu_kinds.get(kind, 0) + 1
 
@@ -262,8 +263,12 @@ class Ground:
         self._runtimes: frozenset[str] = frozenset().union(*(agent.runtimes for agent in connected))
         """Runtimes of all connected agents, those drained included."""
         takers = sorted((agent for agent in connected if not agent.drained), key=lambda agent: agent.agent_id)
+        for agent in takers:
+            for gpu in agent.gpus:
+                self._kinds.setdefault((gpu.model, gpu.memory_bytes), len(self._kinds))
+        # Rooms do not know their ground: a fleet in a cycle is garbage that only the collector finds.
         self.rooms = [
-            Room(agent, number, max_offers, self._make_of(agent), self._kind_of) for number, agent in enumerate(takers)
+            Room(agent, number, max_offers, self._make_of(agent), self._kinds) for number, agent in enumerate(takers)
         ]
         self._by_agent = {room.agent.agent_id: room for room in self.rooms}
 
@@ -276,6 +281,10 @@ class Ground:
                 del self._rankings[next(iter(self._rankings))]
             ranking = self._rankings[shape_id] = Ranking(self, shape)
         return ranking
+
+    def retire(self) -> None:
+        """Lets go of the rankings, which know their ground: without them it is freed as soon as nobody uses it."""
+        self._rankings.clear()
 
     @property
     def changed(self) -> int:
@@ -341,9 +350,6 @@ class Ground:
         if ranking.fits_somewhere():
             return PendingReason.FITS_BUT_BUSY
         return PendingReason.NO_AGENT_FITS_EVER
-
-    def _kind_of(self, model: str, memory_bytes: int) -> int:
-        return self._kinds.setdefault((model, memory_bytes), len(self._kinds))
 
     def _make_of(self, agent: Agent) -> int:
         gpus = tuple((gpu.model, gpu.memory_bytes) for gpu in agent.gpus)

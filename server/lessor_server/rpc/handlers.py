@@ -8,9 +8,10 @@ written once, as an :class:`Around`, and put around each kind here.
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import grpc
@@ -51,73 +52,116 @@ class Around:
                 yield answer
 
 
-class Wrapping(aio.ServerInterceptor):  # type: ignore[type-arg]
-    """An interceptor that puts an :class:`Around` around every RPC."""
+class Handlers:
+    """Takes the handlers of servicers in a server's place, and gives them to it wrapped.
 
-    def __init__(self, around: Around) -> None:
-        self._around = around
+    Each handler is wrapped once, when it is first called. An interceptor would
+    wrap it anew at every call. And the server gets them as generic handlers
+    only: for *registered* methods grpc.aio waits, at every call, on one task per
+    method there is, which costs as much as the rest of a small call.
+    """
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
-        """Returns the wrapped handler; None, as grpc has it, for a method that does not exist."""
-        handler: Any = await continuation(handler_call_details)
-        return None if handler is None else self._wrapped(handler, handler_call_details.method)  # type: ignore[return-value]
+    def __init__(self, server: aio.Server, arounds: Sequence[Around]) -> None:
+        """
+        Args:
+            server: Is to serve the handlers.
+            arounds: The first is the outermost.
+        """
+        self._server = server
+        self._arounds = tuple(arounds)
 
-    def _wrapped(self, handler: Any, method: str) -> grpc.RpcMethodHandler[Any, Any]:
-        behaviours = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
-        behaviour = next(found for found in behaviours if found is not None)
-        make: Any = {
-            (False, False): grpc.unary_unary_rpc_method_handler,
-            (False, True): grpc.unary_stream_rpc_method_handler,
-            (True, False): grpc.stream_unary_rpc_method_handler,
-            (True, True): grpc.stream_stream_rpc_method_handler,
-        }[handler.request_streaming, handler.response_streaming]
-        rpc = Rpc(method, handler.request_streaming, handler.response_streaming)
-        wrapped: grpc.RpcMethodHandler[Any, Any] = make(
-            self._behaviour(behaviour, rpc),
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler[Any, Any]]) -> None:
+        """Takes the handlers of a service; called by its generated code."""
+        self._server.add_generic_rpc_handlers([_Wrapped(handler, self._arounds) for handler in handlers])
+
+    def add_registered_method_handlers(self, service_name: str, method_handlers: Mapping[str, Any]) -> None:
+        """Takes the same handlers again; called by generated code. They are served as generic ones already."""
+
+
+class _Wrapped(grpc.GenericRpcHandler):  # type: ignore[type-arg]
+    """The handlers of one service, each with what goes around it."""
+
+    def __init__(self, handlers: grpc.GenericRpcHandler[Any, Any], arounds: Sequence[Around]) -> None:
+        self._handlers = handlers
+        self._arounds = arounds
+        self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Returns the wrapped handler; None for a method that is not of this service."""
+        method = handler_call_details.method
+        wrapped = self._wrapped.get(method)
+        if wrapped is None:
+            handler: Any = self._handlers.service(handler_call_details)
+            if handler is None:
+                return None
+            wrapped = self._wrapped[method] = _wrapped(handler, method, self._arounds)
         return wrapped
 
-    def _behaviour(self, behaviour: Any, rpc: Rpc) -> Callable[[Any, Context], Any]:
-        around = self._around
 
-        async def look(request: Any) -> Any:
-            """Returns the request, looked at; a stream of them is looked at as it is read."""
-            if not around.checks_requests:
-                return request
-            if rpc.request_streaming:
-                return self._looked_at(request, rpc)
-            await around.request(request, rpc)
-            return request
+def _wrapped(handler: Any, method: str, arounds: Sequence[Around]) -> grpc.RpcMethodHandler[Any, Any]:
+    behaviours = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
+    behaviour = next(found for found in behaviours if found is not None)
+    make: Any = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }[handler.request_streaming, handler.response_streaming]
+    rpc = Rpc(method, handler.request_streaming, handler.response_streaming)
+    for around in reversed(arounds):
+        behaviour = _behaviour(behaviour, rpc, around)
+    wrapped: grpc.RpcMethodHandler[Any, Any] = make(
+        behaviour,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+    return wrapped
 
-        if inspect.isasyncgenfunction(behaviour):
 
-            async def yielding(request: Any, context: Context) -> AsyncGenerator[Any, None]:
-                async def call() -> AsyncGenerator[Any, None]:
-                    async with aclosing(behaviour(await look(request), context)) as answers:
-                        async for answer in answers:
-                            yield answer
+def _behaviour(behaviour: Any, rpc: Rpc, around: Around) -> Callable[[Any, Context], Any]:
+    if around.checks_requests:
+        behaviour = _checking(behaviour, rpc, around)
+    if inspect.isasyncgenfunction(behaviour):
 
-                async with aclosing(around.stream(call, context, rpc)) as answers:
-                    async for answer in answers:
-                        yield answer
+        async def yielding(request: Any, context: Context) -> AsyncGenerator[Any, None]:
+            async with aclosing(around.stream(partial(behaviour, request, context), context, rpc)) as answers:
+                async for answer in answers:
+                    yield answer
 
-            return yielding
+        return yielding if type(around).stream is not Around.stream else behaviour
 
-        async def returning(request: Any, context: Context) -> Any:
-            async def call() -> Any:
-                return await behaviour(await look(request), context)
+    async def returning(request: Any, context: Context) -> Any:
+        return await around.answer(partial(behaviour, request, context), context, rpc)
 
-            return await around.answer(call, context, rpc)
+    return returning if type(around).answer is not Around.answer else behaviour
 
-        return returning
 
-    async def _looked_at(self, requests: AsyncIterator[Any], rpc: Rpc) -> AsyncGenerator[Any, None]:
+def _checking(behaviour: Any, rpc: Rpc, around: Around) -> Callable[[Any, Context], Any]:
+    """Returns ``behaviour`` with its request looked at first; a stream of them is looked at as it is read."""
+
+    async def looked_at(requests: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
         async for message in requests:
-            await self._around.request(message, rpc)
+            await around.request(message, rpc)
             yield message
+
+    if inspect.isasyncgenfunction(behaviour):
+
+        async def yielding(request: Any, context: Context) -> AsyncGenerator[Any, None]:
+            if rpc.request_streaming:
+                request = looked_at(request)
+            else:
+                await around.request(request, rpc)
+            async with aclosing(behaviour(request, context)) as answers:
+                async for answer in answers:
+                    yield answer
+
+        return yielding
+
+    async def returning(request: Any, context: Context) -> Any:
+        if rpc.request_streaming:
+            request = looked_at(request)
+        else:
+            await around.request(request, rpc)
+        return await behaviour(request, context)
+
+    return returning

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from contextlib import aclosing
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any
 
 from lessor_server.domain.errors import Stopping
 from lessor_server.rpc.handlers import Around, Call, Context, Rpc, Stream
 from lessor_server.store.reads import undisturbed
-
-T = TypeVar("T")
 
 
 class CallLifetime(Around):
@@ -23,8 +21,18 @@ class CallLifetime(Around):
     elsewhere. Agents' streams are ended by their servicer.
     """
 
-    def __init__(self, stopping: asyncio.Event) -> None:
-        self._stopping = stopping
+    def __init__(self) -> None:
+        self._stopping = False
+        self._waiting: set[asyncio.Task[Any]] = set()
+        """Tasks of streams that wait for their next answer. One that is sending an answer looks afterwards."""
+        self._interrupted: set[asyncio.Task[Any]] = set()
+
+    def stop(self) -> None:
+        """Ends all streams of answers, and lets none begin."""
+        self._stopping = True
+        self._interrupted |= self._waiting
+        for task in self._waiting:
+            task.cancel()
 
     async def answer(self, call: Call, context: Context, rpc: Rpc) -> Any:
         """Runs a call to its end; one that writes a stream, until it ends or the server stops.
@@ -40,11 +48,8 @@ class CallLifetime(Around):
             return await undisturbed(run())
         if rpc.request_streaming:
             return await call()
-        stop = asyncio.create_task(self._wait())
-        try:
-            return await _before(stop, run())
-        finally:
-            stop.cancel()
+        with self._until_stop():
+            return await call()
 
     async def stream(self, call: Stream, context: Context, rpc: Rpc) -> AsyncGenerator[Any, None]:
         """Runs a stream until it ends or the server stops.
@@ -52,38 +57,38 @@ class CallLifetime(Around):
         Raises:
             Stopping: The server stops.
         """
-        stop = asyncio.create_task(self._wait())
-        try:
-            async with aclosing(call()) as answers:
-                while (answer := await _before(stop, _next(answers))) is not _END:
-                    yield answer
-        finally:
-            stop.cancel()
+        async with aclosing(call()) as answers:
+            while True:
+                with self._until_stop():
+                    answer = await anext(answers, _END)
+                if answer is _END:
+                    return
+                yield answer
 
-    async def _wait(self) -> None:
-        await self._stopping.wait()
+    @contextmanager
+    def _until_stop(self) -> Iterator[None]:
+        """Interrupts what is waited for in the block when the server stops: without a task of its own per answer.
+
+        Raises:
+            Stopping: The server stops. Whoever else cancels the task is heard all the same.
+        """
+        if self._stopping:
+            raise Stopping
+        task = asyncio.current_task()
+        assert task is not None
+        before = task.cancelling()
+        self._waiting.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if task in self._interrupted and task.cancelling() == before + 1:
+                raise Stopping from None
+            raise
+        finally:
+            self._waiting.discard(task)
+            if task in self._interrupted:
+                self._interrupted.discard(task)
+                task.uncancel()
 
 
 _END = object()
-
-
-async def _next(answers: AsyncIterator[Any]) -> Any:
-    return await anext(answers, _END)
-
-
-async def _before(stop: asyncio.Task[None], work: Coroutine[Any, Any, T]) -> T:
-    """Returns what ``work`` does, unless ``stop`` is done first.
-
-    Raises:
-        Stopping: It was.
-    """
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.wait({stop, task}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Stopping
-        return task.result()
-    finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)

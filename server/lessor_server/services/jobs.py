@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import uuid
+import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 
 from lessor.ids import encode_job_id
@@ -13,15 +15,20 @@ from lessor_server.bells import Bells
 from lessor_server.domain.errors import Contended, InvalidField, JobNotFound, JobNotTerminal, RequestIdReused
 from lessor_server.domain.states import JobState
 from lessor_server.services.lines import Arrival, Lines
-from lessor_server.services.submission import Submission, prepare_all
+from lessor_server.services.submission import Submission, Submissions, Terms
 from lessor_server.store.catalog import Catalog
 from lessor_server.store.database import Database
 from lessor_server.store.group_commit import GroupCommit
-from lessor_server.store.submit import JobRow, Request, Submitted, submit_batch, submit_deduped
+from lessor_server.store.submit import JobRow, JobTerms, Request, Submitted, submit_batch, submit_deduped
 
 _CANCEL_TRIES = 5
 _MAX_BATCH_BYTES = 16 << 20
 """Most bytes of one statement; a larger request goes alone."""
+
+_REMEMBERED_TERMS = 4096
+
+_LARGE_JOBS = 100
+"""A request of so many jobs takes some 2 ms of the database."""
 
 
 class Jobs:
@@ -36,22 +43,30 @@ class Jobs:
         self._bells = bells
         self._lines = lines
         self._now = now
-        self._submits: GroupCommit[Request, Submitted | RequestIdReused] = GroupCommit(
-            "submit",
+        self._submissions = Submissions()
+        self._stored_terms: dict[Terms, JobTerms] = {}
+        # One worker each: what comes in during a commit rides the next one. A large request takes
+        # as long as hundreds of small ones, which are not to wait for it.
+        self._submits = self._committed_by("submit")
+        self._large_submits = self._committed_by("large submit")
+
+    def _committed_by(self, name: str) -> GroupCommit[Request, Submitted | RequestIdReused]:
+        return GroupCommit(
+            name,
             self._flush_submits,
             max_items=1000,
-            workers=2,
             weight=_bytes_of,
             max_weight=_MAX_BATCH_BYTES,
         )
 
     def start(self) -> None:
-        """Starts the group commit."""
+        """Starts the group commits."""
         self._submits.start()
+        self._large_submits.start()
 
     async def close(self) -> None:
         """Commits what was accepted, refuses what comes later."""
-        await self._submits.close()
+        await asyncio.gather(self._submits.close(), self._large_submits.close())
 
     async def submit(
         self, principal: str, request_id: str, specs: Sequence[job_pb2.JobSpec], *, single: bool = False
@@ -65,44 +80,59 @@ class Jobs:
             RequestIdReused: The request_id was used for something else.
             DatabaseUnavailable: The outcome is unknown; repeating with the same request_id is safe.
         """
-        request_id = request_id or str(uuid.uuid4())
-        submissions = prepare_all(specs, single=single)
-        jobs = [await self._row(submission) for submission in submissions]
-        request = Request(principal, request_id, _fingerprint([s.spec for s in submissions]), jobs)
+        request_id = request_id or secrets.token_hex(16)
+        jobs = await self._rows(await self._submissions.prepare_all(specs, single=single))
+        request = Request(principal, request_id, _fingerprint([job.spec for job in jobs]), jobs)
         if any(job.dedupe_key is not None for job in jobs):
             submitted = await submit_deduped(self._database, request, self._now)
             self._bells.changed(waiting=True)
             return submitted
-        answer = await self._submits.commit(request)
-        if isinstance(answer, RequestIdReused):
+        return await self._commit(request)
+
+    async def _commit(self, request: Request) -> Submitted:
+        """Commits a request; whoever asked may go away meanwhile."""
+        commits = self._submits if len(request.jobs) < _LARGE_JOBS else self._large_submits
+        (answer,) = await asyncio.shield(commits.submit_all((request,)))
+        if isinstance(answer, Exception):
             raise answer
         return answer
 
-    async def _row(self, submission: Submission, retry_of: int | None = None) -> JobRow:
-        return JobRow(
-            queue_id=await self._catalog.queue_id(submission.queue),
-            shape_id=await self._catalog.shape_id(submission.shape),
-            priority=submission.priority,
-            name=submission.name,
-            labels_json=submission.labels_json,
-            spec=submission.spec,
-            ttl_ms=submission.ttl_ms,
-            start_timeout_ms=submission.start_timeout_ms,
-            queue_timeout_ms=submission.queue_timeout_ms,
-            max_failures=submission.max_failures,
-            max_losses=submission.max_losses,
-            backoff_initial_ms=submission.backoff_initial_ms,
-            backoff_max_ms=submission.backoff_max_ms,
-            retry_of=retry_of,
-            dedupe_key=submission.dedupe_key,
+    async def _rows(self, submissions: Sequence[Submission]) -> list[JobRow]:
+        """Returns the rows of jobs.
+
+        Raises:
+            QueueNotFound: A queue does not exist.
+        """
+        rows: list[JobRow] = []
+        for terms, name, labels_json, spec, dedupe_key in submissions:
+            stored = self._stored_terms.get(terms) or await self._store(terms)
+            rows.append(JobRow(stored, name, labels_json, spec, dedupe_key))
+        return rows
+
+    async def _store(self, terms: Terms) -> JobTerms:
+        stored = JobTerms(
+            queue_id=await self._catalog.queue_id(terms.queue),
+            shape_id=await self._catalog.shape_id(terms.shape),
+            priority=terms.priority,
+            ttl_ms=terms.ttl_ms,
+            start_timeout_ms=terms.start_timeout_ms,
+            queue_timeout_ms=terms.queue_timeout_ms,
+            max_failures=terms.max_failures,
+            max_losses=terms.max_losses,
+            backoff_initial_ms=terms.backoff_initial_ms,
+            backoff_max_ms=terms.backoff_max_ms,
         )
+        if len(self._stored_terms) >= _REMEMBERED_TERMS:
+            self._stored_terms.clear()
+        self._stored_terms[terms] = stored
+        return stored
 
     async def _flush_submits(self, requests: Sequence[Request]) -> list[Submitted | RequestIdReused]:
         answers = await submit_batch(self._database, requests, self._now)
         # The planner is told first: it is what the caller waits for.
         self._lines.arrived(
             (
-                Arrival(number, job.queue_id, job.shape_id, job.priority)
+                Arrival(number, job.terms.queue_id, job.terms.shape_id, job.terms.priority)
                 for request, answer in zip(requests, answers, strict=True)
                 if isinstance(answer, Submitted) and not answer.existing
                 for job, number in zip(request.jobs, answer.job_numbers, strict=True)
@@ -182,23 +212,20 @@ class Jobs:
             raise JobNotTerminal(encode_job_id(job_number), await self._state(job_number))
         spec = job_pb2.JobSpec.FromString(rows[0]["spec"])
         try:
-            (submission,) = prepare_all([spec], single=True)
+            submissions = await self._submissions.prepare_all([spec], single=True)
         except InvalidField as error:
             raise InvalidField([(f"job {encode_job_id(job_number)}: {f}", d) for f, d in error.violations]) from None
         request = Request(
             principal,
-            request_id or str(uuid.uuid4()),
+            request_id or secrets.token_hex(16),
             _fingerprint([b"retry", str(job_number).encode()]),
-            [await self._row(submission, retry_of=job_number)],
+            [job._replace(terms=replace(job.terms, retry_of=job_number)) for job in await self._rows(submissions)],
         )
-        if submission.dedupe_key is not None:
+        if request.jobs[0].dedupe_key is not None:
             submitted = await submit_deduped(self._database, request, self._now, moved_from=job_number)
             self._bells.changed(waiting=True)
         else:
-            answer = await self._submits.commit(request)
-            if isinstance(answer, RequestIdReused):
-                raise answer
-            submitted = answer
+            submitted = await self._commit(request)
         return submitted.job_numbers[0]
 
     async def _state(self, job_number: int) -> JobState:
@@ -220,6 +247,5 @@ def _missing(numbers: Sequence[int], results: dict[int, int]) -> list[int]:
 def _fingerprint(parts: Sequence[bytes]) -> bytes:
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(len(part).to_bytes(8, "big"))
-        digest.update(part)
+        digest.update(len(part).to_bytes(8, "big") + part)
     return digest.digest()

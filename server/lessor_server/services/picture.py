@@ -23,6 +23,8 @@ from lessor_server.store.database import Database
 from lessor_server.store.fleet_queries import load_fleet, load_queues
 
 _MAX_AGE_S = 1.0
+_SMALL_S = 0.02
+"""A fleet that is read in less is small."""
 _REST = 20
 _REST_WHILE_BLOCKED = 2
 """A read is followed by a rest of so many times what it took, unless an operator has changed something."""
@@ -59,8 +61,15 @@ class Picture:
         self._read_at_s = 0.0
         self._read_took_s = 0.0
 
+    @property
+    def is_small(self) -> bool:
+        """The fleet is read in no time."""
+        return self._read_took_s < _SMALL_S
+
     def drop(self) -> None:
         """Forgets everything: another replica led meanwhile, or a claim has an unknown outcome."""
+        if self.ground is not None:
+            self.ground.retire()
         self.ground = None
         self._held.clear()
         self._offers.clear()
@@ -97,6 +106,8 @@ class Picture:
         finally:
             self._reading = False
         self.queues = queues
+        if self.ground is not None:
+            self.ground.retire()
         self.ground = Ground(fleet, self._policy.max_offers)
         self._fleet_seen, self._orders_seen = fleet_seen, orders_seen
         self._read_at_s = time.monotonic()

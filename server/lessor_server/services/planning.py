@@ -100,14 +100,16 @@ class Planning:
         return await self._plan(epoch)
 
     async def _look(self) -> None:
-        """Reads what is due. An idle leader reads too, so that the first job need not wait for it."""
+        """Reads what is due. A small fleet is read while nothing waits too: the first job need not wait for it."""
         if self._lines.due_in_s() == 0:
             await self._lines.read()
-        if self._picture.due_in_s(blocked=self._blocked) == 0:
+        if (self._picture.is_small or not self._lines.empty) and self._picture.due_in_s(blocked=self._blocked) == 0:
             await self._picture.read()
 
     def _next_look_s(self) -> float:
-        due_s = min(self._lines.due_in_s(), self._picture.due_in_s(blocked=self._blocked))
+        due_s = self._lines.due_in_s()
+        if self._picture.is_small or not self._lines.empty:
+            due_s = min(due_s, self._picture.due_in_s(blocked=self._blocked))
         return min(_POLL_S, max(due_s, _SOON_S))
 
     async def _plan(self, epoch: int) -> float:

@@ -2,14 +2,20 @@
 
 Rules that concern one field stand in the proto and are checked before; here are
 those that need the lease protocol's numbers.
+
+Of a thousand jobs that come together most differ in little more than name and
+arguments. Everything else of a spec (queue, resources, policies) makes its
+:class:`Terms`, which are worked out once and found again by their encoding.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -21,20 +27,21 @@ from lessor_server.domain.shape import Selector, SelectorOperator, Shape, max_he
 DEFAULT_QUEUE = "default"
 DEFAULT_RUNTIME = "process"
 MAX_SPEC_BYTES = 1 << 20
-"""A larger spec belongs in a file."""
+"""A larger spec, defaults filled in, belongs in a file."""
+
+SPECS_PER_SLICE = 250
+"""Preparing a spec takes some 10 µs; between slices others on the loop get their turn."""
+
+_REMEMBERED_TERMS = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Submission:
-    """One job, ready to be stored."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Terms:
+    """What jobs submitted together mostly share. Equal ones are one object, as long as they are remembered."""
 
     queue: str
     shape: Shape
     priority: int
-    name: str
-    labels_json: str
-    spec: bytes
-    """Serialized JobSpec, defaults filled in."""
     ttl_ms: int
     start_timeout_ms: int | None
     queue_timeout_ms: int | None
@@ -42,35 +49,113 @@ class Submission:
     max_losses: int
     backoff_initial_ms: int
     backoff_max_ms: int
+    defaults: bytes
+    """A JobSpec, serialized, of all that these terms leave to the server; to be merged into the spec."""
+
+
+class Submission(NamedTuple):
+    """One job, ready to be stored."""
+
+    terms: Terms
+    name: str
+    labels_json: str
+    spec: bytes
+    """Serialized JobSpec, defaults filled in."""
     dedupe_key: str | None
 
 
-def prepare(spec: job_pb2.JobSpec, path: str) -> Submission:
-    """Returns what is stored of ``spec``; ``spec`` itself is left as it is.
+class Submissions:
+    """Prepares specs."""
 
-    Args:
-        spec: As submitted, its fields checked against the proto's rules.
-        path: Where it stands in the request, for messages: ``spec`` or ``specs[3]``.
+    def __init__(self) -> None:
+        self._terms: dict[Hashable, Terms] = {}
 
-    Raises:
-        InvalidField: Two fields do not go together.
-        TooLarge: It has more than 1 MiB.
+    async def prepare_all(self, specs: Sequence[job_pb2.JobSpec], *, single: bool) -> list[Submission]:
+        """Returns what is stored of each spec. All problems of all specs are told at once.
+
+        Between slices of specs other tasks run.
+
+        Args:
+            specs: As submitted, their fields checked against the proto's rules.
+                Defaults are filled into them: they belong to this request.
+            single: The request has one spec, called ``spec`` in messages.
+
+        Raises:
+            InvalidField: Fields do not go together.
+            TooLarge: A spec has more than 1 MiB.
+        """
+        prepared: list[Submission] = []
+        violations: list[tuple[str, str]] = []
+        for start in range(0, len(specs), SPECS_PER_SLICE):
+            if start:
+                await asyncio.sleep(0)
+            for index, spec in enumerate(specs[start : start + SPECS_PER_SLICE], start):
+                try:
+                    prepared.append(self._prepare(spec))
+                except InvalidField as error:
+                    path = "spec" if single else f"specs[{index}]"
+                    violations += [(f"{path}.{field}", text) for field, text in error.violations]
+                except _TooLongError as error:
+                    raise TooLarge("spec" if single else f"specs[{index}]", error.size, MAX_SPEC_BYTES) from None
+        if violations:
+            raise InvalidField(violations)
+        return prepared
+
+    def _prepare(self, spec: job_pb2.JobSpec) -> Submission:
+        terms, name, labels = self._terms_of(spec), spec.name, spec.labels
+        if not name:
+            name = spec.name = _base_name(spec.command.argv[0])
+        spec.MergeFromString(terms.defaults)
+        encoded = spec.SerializeToString(deterministic=True)
+        if len(encoded) > MAX_SPEC_BYTES:
+            raise _TooLongError(len(encoded))
+        labels_json = json.dumps(dict(labels), sort_keys=True) if labels else "{}"
+        return Submission(terms, name, labels_json, encoded, spec.dedupe_key or None)
+
+    def _terms_of(self, spec: job_pb2.JobSpec) -> Terms:
+        key = (
+            spec.queue,
+            spec.runtime,
+            spec.priority,
+            # Of the command, placing a job depends on whether it names a user.
+            spec.command.user != "",
+            spec.resources.SerializeToString() if spec.HasField("resources") else None,
+            spec.retry.SerializeToString() if spec.HasField("retry") else None,
+            spec.timeouts.SerializeToString() if spec.HasField("timeouts") else None,
+            spec.lease.SerializeToString() if spec.HasField("lease") else None,
+            tuple([selector.SerializeToString() for selector in spec.selectors]) if spec.selectors else (),
+        )
+        terms = self._terms.get(key)
+        if terms is None:
+            terms = _work_out(spec)
+            if len(self._terms) >= _REMEMBERED_TERMS:
+                self._terms.clear()
+            self._terms[key] = terms
+        return terms
+
+
+class _TooLongError(Exception):
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.size = size
+
+
+def _work_out(spec: job_pb2.JobSpec) -> Terms:
     """
-    if spec.ByteSize() > MAX_SPEC_BYTES:
-        raise TooLarge(path, spec.ByteSize(), MAX_SPEC_BYTES)
+    Raises:
+        InvalidField: Fields do not go together.
+    """
+    defaults = _defaults(spec)
     filled = job_pb2.JobSpec()
     filled.CopyFrom(spec)
-    _fill_defaults(filled)
+    filled.MergeFrom(defaults)
     ttl = filled.lease.ttl.ToTimedelta()
-    _check_grace(filled.lease.grace.ToTimedelta(), ttl, path)
+    _check_grace(filled.lease.grace.ToTimedelta(), ttl)
     timeouts = filled.timeouts
-    return Submission(
+    return Terms(
         queue=filled.queue,
         shape=_shape(filled, ttl),
         priority=filled.priority,
-        name=filled.name,
-        labels_json=json.dumps(dict(filled.labels), sort_keys=True),
-        spec=filled.SerializeToString(deterministic=True),
         ttl_ms=_ms(ttl),
         start_timeout_ms=_ms(timeouts.start.ToTimedelta()) if timeouts.HasField("start") else None,
         queue_timeout_ms=_ms(timeouts.queue.ToTimedelta()) if timeouts.HasField("queue") else None,
@@ -78,46 +163,34 @@ def prepare(spec: job_pb2.JobSpec, path: str) -> Submission:
         max_losses=filled.retry.max_losses,
         backoff_initial_ms=_ms(filled.retry.backoff_initial.ToTimedelta()),
         backoff_max_ms=_ms(filled.retry.backoff_max.ToTimedelta()),
-        dedupe_key=filled.dedupe_key or None,
+        defaults=defaults.SerializeToString(),
     )
 
 
-def prepare_all(specs: Sequence[job_pb2.JobSpec], *, single: bool) -> list[Submission]:
-    """Returns what is stored of each spec. All problems of all specs are told at once.
-
-    Raises:
-        InvalidField: Fields do not go together.
-        TooLarge: A spec has more than 1 MiB.
-    """
-    prepared: list[Submission] = []
-    violations: list[tuple[str, str]] = []
-    for index, spec in enumerate(specs):
-        try:
-            prepared.append(prepare(spec, "spec" if single else f"specs[{index}]"))
-        except InvalidField as error:
-            violations += error.violations
-    if violations:
-        raise InvalidField(violations)
-    return prepared
-
-
-def _fill_defaults(spec: job_pb2.JobSpec) -> None:
-    spec.queue = spec.queue or DEFAULT_QUEUE
-    spec.runtime = spec.runtime or DEFAULT_RUNTIME
-    spec.name = spec.name or _base_name(spec.command.argv[0])
+def _defaults(spec: job_pb2.JobSpec) -> job_pb2.JobSpec:
+    """Returns the defaults of all that ``spec`` leaves out, but for its name."""
+    defaults = job_pb2.JobSpec()
+    if not spec.queue:
+        defaults.queue = DEFAULT_QUEUE
+    if not spec.runtime:
+        defaults.runtime = DEFAULT_RUNTIME
     if not spec.resources.HasField("cpu_millis"):
-        spec.resources.cpu_millis = timing.DEFAULT_CPU_MILLIS
-    retry = spec.retry
-    retry.max_failures = retry.max_failures or timing.DEFAULT_MAX_FAILURES
-    retry.max_losses = retry.max_losses or timing.DEFAULT_MAX_LOSSES
-    if not retry.HasField("backoff_initial"):
+        defaults.resources.cpu_millis = timing.DEFAULT_CPU_MILLIS
+    retry = defaults.retry
+    if not spec.retry.max_failures:
+        retry.max_failures = timing.DEFAULT_MAX_FAILURES
+    if not spec.retry.max_losses:
+        retry.max_losses = timing.DEFAULT_MAX_LOSSES
+    if not spec.retry.HasField("backoff_initial"):
         retry.backoff_initial.CopyFrom(_duration(timing.DEFAULT_BACKOFF_INITIAL))
-    if not retry.HasField("backoff_max"):
+    if not spec.retry.HasField("backoff_max"):
         retry.backoff_max.CopyFrom(_duration(timing.DEFAULT_BACKOFF_MAX))
     if not spec.lease.HasField("ttl"):
-        spec.lease.ttl.CopyFrom(_duration(timing.DEFAULT_TTL))
+        defaults.lease.ttl.CopyFrom(_duration(timing.DEFAULT_TTL))
     if not spec.lease.HasField("grace"):
-        spec.lease.grace.CopyFrom(_duration(timing.default_grace(spec.lease.ttl.ToTimedelta())))
+        ttl = spec.lease.ttl.ToTimedelta() if spec.lease.HasField("ttl") else timing.DEFAULT_TTL
+        defaults.lease.grace.CopyFrom(_duration(timing.default_grace(ttl)))
+    return defaults
 
 
 def _base_name(program: str) -> str:
@@ -125,13 +198,13 @@ def _base_name(program: str) -> str:
     return "".join(character for character in name if character.isprintable())[:128] or "job"
 
 
-def _check_grace(grace: timedelta, ttl: timedelta, path: str) -> None:
+def _check_grace(grace: timedelta, ttl: timedelta) -> None:
     longest = timing.longest_grace(ttl)
     if grace >= longest:
         raise InvalidField(
             [
                 (
-                    f"{path}.lease.grace",
+                    "lease.grace",
                     f"{grace.total_seconds():g} s leaves no room in a ttl of {ttl.total_seconds():g} s for two "
                     f"heartbeats before the job must be stopped: use less than {longest.total_seconds():g} s, "
                     "or a longer ttl",

@@ -8,9 +8,8 @@ comes twice. One that cannot keep up goes through the same door again.
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
 
 from lessor.ids import encode_job_id
@@ -19,11 +18,12 @@ from lessor_server.bells import Bell, Bells
 from lessor_server.domain.errors import CursorExpired, CursorFault, JobNotFound
 from lessor_server.services.cursors import decode_cursor, encode_cursor
 from lessor_server.services.job_view import timestamp
+from lessor_server.services.watch_filter import News, WatchFilter, matching, shown
 from lessor_server.services.watch_hub import Subscription, WatchHub
-from lessor_server.services.watch_progress import ProgressWatch
+from lessor_server.services.watch_progress import ProgressDesk, ProgressWatch
 from lessor_server.store.database import Database
 from lessor_server.store.event_queries import DatabaseIdentity, Event, EventPage, Position, read_events, read_identity
-from lessor_server.store.job_queries import JobAttributes, Standings, read_attributes, read_standings
+from lessor_server.store.job_queries import JobAttributes, Standings, read_standings
 
 KEEP_ALIVE_S = 15.0
 
@@ -32,8 +32,6 @@ _CHANGES_PER_RESPONSE = 5_000
 """A response ends after the event with which it has this many: an event is never split, or its cursor would lie."""
 _PROGRESS_PER_RESPONSE = 25
 """Progress may have 128 metrics with long names; a response stays far below 4 MiB."""
-_ATTRIBUTES_KEPT = 50_000
-_ATTRIBUTES_READ = 5_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,45 +47,9 @@ class WatchRequest:
     include_progress: bool = False
 
     @property
-    def by_attributes(self) -> bool:
-        """Whether a job must be looked up to know if it matches."""
-        return self.queue_id is not None or bool(self.labels)
-
-    def accepts(self, attributes: JobAttributes | None) -> bool:
-        """Returns whether a job with these attributes matches; None: the job is gone."""
-        if attributes is None:
-            return False
-        if self.queue_id is not None and attributes.queue_id != self.queue_id:
-            return False
-        return all(attributes.labels.get(key) == value for key, value in self.labels.items())
-
-
-class AttributeCache:
-    """Queue and labels of jobs, which never change: the ones used last are kept."""
-
-    def __init__(self, database: Database, kept: int = _ATTRIBUTES_KEPT) -> None:
-        self._database = database
-        self._kept = kept
-        self._known: OrderedDict[int, JobAttributes] = OrderedDict()
-        # Watchers of one replica ask for the same jobs at the same moment: the first one reads.
-        self._reading = asyncio.Lock()
-
-    async def of(self, numbers: Iterable[int]) -> dict[int, JobAttributes]:
-        """Returns number → attributes, of those jobs that exist."""
-        async with self._reading:
-            wanted = set(numbers)
-            found: dict[int, JobAttributes] = {}
-            for number in wanted & self._known.keys():
-                self._known.move_to_end(number)
-                found[number] = self._known[number]
-            missing = sorted(wanted - found.keys())
-            for start in range(0, len(missing), _ATTRIBUTES_READ):
-                read = await read_attributes(self._database, missing[start : start + _ATTRIBUTES_READ])
-                found.update(read)
-                self._known.update(read)
-            while len(self._known) > self._kept:
-                self._known.popitem(last=False)
-            return found
+    def filter(self) -> WatchFilter:
+        """What of it decides whether a change matches."""
+        return WatchFilter(frozenset(self.numbers), self.queue_id, frozenset(self.labels.items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +79,13 @@ class Watches:
         self._bells = bells
         self._hub = hub or WatchHub(database, bells)
         self._keep_alive_s = keep_alive_s
-        self._attributes = AttributeCache(database)
+        self._desk = ProgressDesk(database, bells)
         self._identity: DatabaseIdentity | None = None
 
     async def close(self) -> None:
         """Stops the hub; open watches hear nothing more."""
         await self._hub.close()
+        await self._desk.close()
 
     async def watch(self, request: WatchRequest) -> AsyncGenerator[job_service_pb2.WatchJobsResponse, None]:
         """Yields changes as they commit, for as long as it is read; a keep-alive when nothing changes.
@@ -140,8 +103,8 @@ class Watches:
         if self._identity is None:
             self._identity = await read_identity(self._database)
         position = decode_cursor(self._identity, request.cursor) if request.cursor else None
-        watcher = _Watcher(self._database, self._hub, self._attributes, self._identity, request, position)
-        async with aclosing(watcher.run(self._bells, self._keep_alive_s)) as responses:
+        watcher = _Watcher(self._database, self._hub, self._identity, request, position)
+        async with aclosing(watcher.run(self._desk, self._keep_alive_s)) as responses:
             async for response in responses:
                 yield response
 
@@ -153,30 +116,29 @@ class _Watcher:
         self,
         database: Database,
         hub: WatchHub,
-        attributes: AttributeCache,
         identity: DatabaseIdentity,
         request: WatchRequest,
         position: Position | None,
     ) -> None:
         self._database = database
         self._hub = hub
-        self._attributes = attributes
         self._identity = identity
         self._request = request
-        self._numbers = frozenset(request.numbers)
+        self._wanted = request.filter
         self._position = position
         self._bell = Bell()
         self._told: _Snapshot | None = None
         self._progress: ProgressWatch | None = None
 
-    async def run(self, bells: Bells, keep_alive_s: float) -> AsyncGenerator[job_service_pb2.WatchJobsResponse, None]:
-        async with AsyncExitStack() as stack:
+    async def run(
+        self, desk: ProgressDesk, keep_alive_s: float
+    ) -> AsyncGenerator[job_service_pb2.WatchJobsResponse, None]:
+        with ExitStack() as stack:
             if self._request.include_progress:
-                self._progress = ProgressWatch(self._database, self._request.numbers, bells, self._bell)
-                stack.enter_context(self._progress)
+                self._progress = stack.enter_context(ProgressWatch(desk, self._request.numbers, self._bell))
             first = True
             while True:
-                async with self._hub.subscribe(self._numbers, self._bell) as subscription:
+                async with self._hub.subscribe(self._wanted, self._bell) as subscription:
                     if self._position is None:
                         self._position = subscription.since
                     if first:
@@ -201,8 +163,8 @@ class _Watcher:
             # At once, so that the caller has a cursor to come back with.
             yield self._response([])
             return
-        standings = await read_standings(self._database, self._numbers)
-        missing = self._numbers - standings.by_number.keys()
+        standings = await read_standings(self._database, self._wanted.numbers)
+        missing = self._wanted.numbers - standings.by_number.keys()
         if missing:
             raise JobNotFound(encode_job_id(min(missing)))
         changes = _standing_changes(standings, self._request.numbers)
@@ -220,8 +182,8 @@ class _Watcher:
         while self._position < until:
             page = await read_events(self._database, self._position, _PAGE_EVENTS)
             self._check(page, self._position)
-            events = [event for event in page.events if event.position <= until]
-            async for response in self._tell(events):
+            news = await self._matching([event for event in page.events if event.position <= until])
+            async for response in self._tell(news):
                 yield response
             self._position = min(page.reached, until)
 
@@ -233,13 +195,13 @@ class _Watcher:
         keep_alive_at = clock() + keep_alive_s
         while True:
             seen = self._bell.count
-            events = _taken(subscription)
+            news = _taken(subscription)
             spoke = False
-            news = await self._progress.news(bool(events)) if self._progress is not None else []
-            for start in range(0, len(news), _PROGRESS_PER_RESPONSE):
+            progress = await self._progress.news(bool(news)) if self._progress is not None else []
+            for start in range(0, len(progress), _PROGRESS_PER_RESPONSE):
                 spoke = True
-                yield self._response(news[start : start + _PROGRESS_PER_RESPONSE])
-            async for response in self._tell(events):
+                yield self._response(progress[start : start + _PROGRESS_PER_RESPONSE])
+            async for response in self._tell(news):
                 spoke = True
                 yield response
             if subscription.overflowed and subscription.empty:
@@ -251,42 +213,32 @@ class _Watcher:
                 spoke = True
             if spoke:
                 keep_alive_at = clock() + keep_alive_s
-            wait_s = max(keep_alive_at - clock(), 0.0)
-            if self._progress is not None:
-                wait_s = min(wait_s, self._progress.poll_s)
-            await self._bell.wait(seen, wait_s)
+            await self._bell.wait(seen, max(keep_alive_at - clock(), 0.0))
 
-    async def _tell(self, events: Sequence[Event]) -> AsyncGenerator[job_service_pb2.WatchJobsResponse, None]:
-        """Tells what of ``events`` matches; our position is then after them."""
+    async def _tell(self, news: Sequence[News]) -> AsyncGenerator[job_service_pb2.WatchJobsResponse, None]:
+        """Tells news; our position is then after them."""
         changes: list[job_service_pb2.JobChange] = []
-        known: dict[int, JobAttributes] = {}
-        if self._request.by_attributes:
-            known = await self._attributes.of(n for event in events for n in event.job_numbers if self._wants(n))
-        for event in events:
-            if self._position is not None and event.position <= self._position:
+        for each in news:
+            if self._position is not None and each.position <= self._position:
                 # The cursor came from a replica whose hub was ahead of ours.
                 continue
-            if self._told is None or not self._told.sees(event.position.xid):
-                changes += self._changes(event, known)
-            self._position = event.position
+            if self._told is None or not self._told.sees(each.position.xid):
+                changes += each.changes
+            self._position = each.position
             if len(changes) >= _CHANGES_PER_RESPONSE:
                 yield self._response(changes)
                 changes = []
         if changes:
             yield self._response(changes)
 
-    def _wants(self, number: int) -> bool:
-        return not self._numbers or number in self._numbers
-
-    def _changes(self, event: Event, known: Mapping[int, JobAttributes]) -> list[job_service_pb2.JobChange]:
-        at = timestamp(event.at)
-        return [
-            job_service_pb2.JobChange(
-                job_id=encode_job_id(number), state=job_pb2.JobState.ValueType(state), attempt=attempt, time=at
-            )
-            for number, state, attempt in zip(event.job_numbers, event.states, event.attempts, strict=True)
-            if self._wants(number) and (not self._request.by_attributes or self._request.accepts(known.get(number)))
-        ]
+    async def _matching(self, events: Sequence[Event]) -> list[News]:
+        """Returns what of events that were not handed to us is for us."""
+        known: dict[int, JobAttributes] = {}
+        if self._wanted.by_attributes:
+            numbers = (number for event in events for number in event.job_numbers if self._wanted.wants(number))
+            known = await self._hub.attributes.of(numbers)
+        found = [matching(self._wanted, event, shown(event), known) for event in events]
+        return [news for news in found if news is not None]
 
     def _response(self, changes: list[job_service_pb2.JobChange]) -> job_service_pb2.WatchJobsResponse:
         assert self._position is not None
@@ -317,8 +269,8 @@ def _standing_changes(standings: Standings, numbers: Sequence[int]) -> list[job_
     ]
 
 
-def _taken(subscription: Subscription) -> list[Event]:
-    events: list[Event] = []
-    while len(events) < _PAGE_EVENTS and (event := subscription.take()) is not None:
-        events.append(event)
-    return events
+def _taken(subscription: Subscription) -> list[News]:
+    taken: list[News] = []
+    while len(taken) < _PAGE_EVENTS and (news := subscription.take()) is not None:
+        taken.append(news)
+    return taken

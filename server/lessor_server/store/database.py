@@ -36,6 +36,8 @@ SESSION_SETTINGS = {
     # One plan per statement: to plan one anew over a hundred partitions takes
     # longer than to run it (8 ms against 1). Tests look at these plans.
     "plan_cache_mode": "force_generic_plan",
+    # Such a plan is estimated to read every partition, and would start processes to look up one row.
+    "max_parallel_workers_per_gather": "0",
 }
 
 VITAL = frozenset({"tick", "read_leader", "take_over", "renew_term", "resign", "renew", "claim", "expire"})
@@ -98,6 +100,13 @@ async def _read_json(connection: asyncpg.Connection) -> None:
     await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=str, decoder=json.loads)
 
 
+async def _left_as_it_is(connection: asyncpg.Connection) -> None:
+    """Keeps a connection from being reset when it comes back, which takes a round trip.
+
+    Whoever sets something for longer than a transaction sets it back.
+    """
+
+
 async def _open_pool(url: str, size: int) -> asyncpg.Pool:
     """Opens a pool of at most ``size`` connections.
 
@@ -107,13 +116,14 @@ async def _open_pool(url: str, size: int) -> asyncpg.Pool:
     try:
         return await asyncpg.create_pool(
             url,
-            min_size=2,
+            min_size=min(2, size),
             max_size=size,
             max_inactive_connection_lifetime=300,
             server_settings=SESSION_SETTINGS,
             timeout=5,
             command_timeout=60,
             init=_read_json,
+            reset=_left_as_it_is,
         )
     except _UNAVAILABLE as error:
         raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
@@ -131,40 +141,48 @@ class Statements(Protocol):
 class Database:
     """The pools of one server process. Made by :meth:`connect`, ended by :meth:`close`."""
 
-    def __init__(self, url: str, pool: asyncpg.Pool, vital: asyncpg.Pool, engine: AsyncEngine) -> None:
+    def __init__(
+        self, url: str, pool: asyncpg.Pool, vital: asyncpg.Pool, reading: asyncpg.Pool, engine: AsyncEngine
+    ) -> None:
         self.url = url
         self.pool = pool
         self._vital = vital
+        self._reading = reading
         self._engine = engine
 
     @classmethod
     async def connect(cls, url: str, *, pool_size: int = 10) -> Database:
-        """Opens the pools.
+        """Opens the pools: ``pool_size`` (>= 2) connections for writes, as many for all else, and the vital ones.
 
         Raises:
             ValueError: The URL is not one of PostgreSQL.
             DatabaseUnavailable: Nobody answers there, or it refuses us.
         """
         url = plain_url(url)
-        pool = await _open_pool(url, pool_size)
+        pools: list[asyncpg.Pool] = []
         try:
-            vital = await _open_pool(url, VITAL_CONNECTIONS)
+            pools.append(await _open_pool(url, pool_size))
+            pools.append(await _open_pool(url, VITAL_CONNECTIONS))
+            # Reads of jobs, lists and events: however many are asked for, they hold up no write.
+            pools.append(await _open_pool(url, pool_size // 2))
         except BaseException:
-            pool.terminate()
+            for pool in pools:
+                pool.terminate()
             raise
         engine = create_async_engine(
             sqlalchemy_url(url),
-            pool_size=pool_size,
+            pool_size=pool_size - pool_size // 2,
             max_overflow=0,
             pool_timeout=10,
             pool_recycle=300,
             connect_args={"server_settings": SESSION_SETTINGS, "timeout": 5, "command_timeout": 60},
         )
-        return cls(url, pool, vital, engine)
+        pool, vital, reading = pools
+        return cls(url, pool, vital, reading, engine)
 
     async def close(self) -> None:
         """Closes the pools; statements under way are waited for, at most 5 s."""
-        for pool in (self.pool, self._vital):
+        for pool in (self.pool, self._vital, self._reading):
             try:
                 await asyncio.wait_for(pool.close(), 5)
             except TimeoutError:
@@ -199,6 +217,18 @@ class Database:
 
         async def run() -> list[asyncpg.Record]:
             return await self.pool.fetch(text, *arguments)
+
+        return await guarded(run)
+
+    async def look(self, text: str, *arguments: Any) -> list[asyncpg.Record]:
+        """Runs one statement that only reads, with $1, $2, …, on the connections that are kept for reads.
+
+        Raises:
+            DatabaseUnavailable: The connection failed.
+        """
+
+        async def run() -> list[asyncpg.Record]:
+            return await self._reading.fetch(text, *arguments)
 
         return await guarded(run)
 

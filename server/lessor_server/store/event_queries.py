@@ -17,7 +17,6 @@ from sqlalchemy import (
     BigInteger,
     Integer,
     Select,
-    any_,
     bindparam,
     exists,
     func,
@@ -26,13 +25,13 @@ from sqlalchemy import (
     text,
     true,
     tuple_,
-    union,
 )
-from sqlalchemy.dialects.postgresql import ARRAY
 
 from lessor_server.store import tables as t
 from lessor_server.store.database import Database
-from lessor_server.store.reads import rows
+from lessor_server.store.job_queries import progress_query
+from lessor_server.store.partitions import day_of_lease, lease_bounds
+from lessor_server.store.reads import asked_for, read_rows, rows, rows_by_day
 
 
 class Position(NamedTuple):
@@ -51,18 +50,6 @@ class Event:
     job_numbers: list[int]
     states: list[int]
     attempts: list[int]
-
-    def only(self, indexes: list[int]) -> Event:
-        """Returns the event with just these of its changes."""
-        if len(indexes) == len(self.job_numbers):
-            return self
-        return Event(
-            self.position,
-            self.at,
-            [self.job_numbers[index] for index in indexes],
-            [self.states[index] for index in indexes],
-            [self.attempts[index] for index in indexes],
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,13 +149,9 @@ async def read_events(database: Database, after: Position, max_events: int) -> E
     Whoever reads must compare ``floor`` with the position it asked for: above
     it, rows may be missing.
     """
-    found = await rows(database, events_query(), {"xid": after.xid, "id": after.id, "max_events": max_events})
+    found = await read_rows(database, events_query(), {"xid": after.xid, "id": after.id, "max_events": max_events})
     xmin, xmax, floor_xid, floor_id, above = tuple(found[0])[:5]
-    events = [
-        Event(Position(row.xid, row.id), row.at, row.job_ids, row.states, row.attempts)
-        for row in found
-        if row.id is not None
-    ]
+    events = [Event(Position(row[5], row[6]), *tuple(row)[7:]) for row in found if row[6] is not None]
     full = len(events) == max_events
     # No row has the number 0: (xmin, 0) is before everything that is still to come.
     reached = events[-1].position if full else max(after, Position(xmin, 0))
@@ -176,20 +159,14 @@ async def read_events(database: Database, after: Position, max_events: int) -> E
 
 
 @cache
-def _progress_query() -> Select[Any]:
-    live = select(t.lease.c.lease_id).where(
-        t.lease.c.job_id == any_(bindparam("numbers", type_=ARRAY(BigInteger))), t.lease.c.member == 0
-    )
-    known = select(func.unnest(bindparam("lease_ids", type_=ARRAY(BigInteger))).label("lease_id"))
-    asked = union(live, known).subquery("asked")
-    # One look into the partition of each lease; a join might read all partitions.
-    news = select(t.progress).where(t.progress.c.lease_id == asked.c.lease_id).limit(1).lateral("news")
-    return select(
-        news.c.job_id, news.c.lease_id, news.c.fraction, news.c.message, news.c.metrics, news.c.updated_at
-    ).select_from(asked.join(news, true()))
+def live_leases_query() -> Select[Any]:
+    """The statement that finds the live leases of jobs; parameter numbers."""
+    return select(t.lease.c.lease_id).where(asked_for(t.lease.c.job_id), t.lease.c.member == 0)
 
 
 async def read_progress(database: Database, numbers: list[int], lease_ids: list[int]) -> list[ProgressRow]:
     """Returns the progress of the live leases of the jobs, and of ``lease_ids``, ended ones included."""
-    found = await rows(database, _progress_query(), {"numbers": numbers, "lease_ids": lease_ids})
-    return [ProgressRow(*tuple(row)) for row in found]
+    live = await read_rows(database, live_leases_query(), {"numbers": numbers})
+    known = [*lease_ids, *(row[0] for row in live)]
+    found = await rows_by_day(database, progress_query, known, day_of_lease, lease_bounds)
+    return [ProgressRow(*row) for row in found]

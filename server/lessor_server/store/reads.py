@@ -3,23 +3,40 @@
 A stream handler is cancelled whenever its client goes away. Were the read it
 waits for cancelled with it, its connection would be left in the middle of an
 answer; so every read runs in a task of its own, to its end.
+
+A statement over all partitions opens every one of them at each execution, and
+takes a hundred times as long to plan as to run. What is asked by number is
+therefore asked of single days (:func:`rows_by_day`).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from functools import cache, lru_cache
 from typing import Any, TypeAlias, TypeVar
 
 import asyncpg
-from sqlalchemy import Executable, Row, Select
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    CompoundSelect,
+    Executable,
+    Row,
+    Select,
+    and_,
+    any_,
+    bindparam,
+    literal_column,
+)
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.dialects.postgresql import asyncpg as asyncpg_dialect
 
 from lessor_server.store.database import Database
 
 T = TypeVar("T")
 Rows: TypeAlias = Sequence[Row[*tuple[Any, ...]]]
+Query: TypeAlias = Select[Any] | CompoundSelect[Any]
 
 _DIALECT = asyncpg_dialect.dialect()  # type: ignore[no-untyped-call]
 
@@ -46,7 +63,7 @@ def _forget(task: asyncio.Task[Any]) -> None:
 
 
 @cache
-def _compiled(query: Select[Any]) -> tuple[str, tuple[str, ...], Mapping[str, Any]]:
+def _compiled(query: Query) -> tuple[str, tuple[str, ...], Mapping[str, Any]]:
     """Returns a statement as asyncpg takes it, the names of $1, $2, …, and its constants; made once per statement."""
     compiled = query.compile(dialect=_DIALECT)
     return str(compiled), tuple(compiled.positiontup or ()), compiled.params
@@ -66,6 +83,94 @@ async def plain_rows(
     values = {**constants, **(parameters or {})}
     arguments = [values[name] for name in names]
     return await undisturbed(database.query(text, *arguments))
+
+
+async def read_rows(
+    database: Database, query: Query, parameters: Mapping[str, Any] | None = None
+) -> list[asyncpg.Record]:
+    """Returns the rows of one statement as :func:`plain_rows` does, on the connections that are kept for reads.
+
+    Values of jsonb are given as JSON text.
+
+    Raises:
+        DatabaseUnavailable: The connection failed.
+    """
+    text, names, constants = _compiled(query)
+    values = {**constants, **(parameters or {})}
+    return await undisturbed(database.look(text, *[values[name] for name in names]))
+
+
+# ---------------------------------------------------------------- by number, day by day
+
+MAX_DAYS = 4
+"""Numbers of more days than this are asked for in one statement over all partitions."""
+
+Within: TypeAlias = Callable[[ColumnElement[int]], ColumnElement[bool]]
+"""Bounds of a column by which a table is partitioned."""
+
+_FIRST_OF_DAY, _NEXT_DAY = "FIRST_OF_DAY", "FIRST_OF_NEXT_DAY"
+
+
+def of_one_day(column: ColumnElement[int]) -> ColumnElement[bool]:
+    """Bounds that are filled in as literals: the plan is made for the partition of one day alone."""
+    return and_(column >= literal_column(_FIRST_OF_DAY, BigInteger), column < literal_column(_NEXT_DAY, BigInteger))
+
+
+def of_any_day(column: ColumnElement[int]) -> ColumnElement[bool]:
+    """Bounds that are parameters: partitions beyond the numbers asked for are left out, late and one by one."""
+    return and_(
+        column >= bindparam("lowest", type_=BigInteger),
+        column <= bindparam("highest", type_=BigInteger),
+    )
+
+
+def asked_for(column: ColumnElement[int]) -> ColumnElement[bool]:
+    """The numbers asked for; bounds must stand beside it, for Postgres leaves out no partition by an array."""
+    return column == any_(bindparam("numbers", type_=ARRAY(BigInteger)))
+
+
+@lru_cache(maxsize=1000)
+def _text_of_day(text: str, first: int, beyond: int) -> str:
+    return text.replace(_NEXT_DAY, str(beyond)).replace(_FIRST_OF_DAY, str(first))
+
+
+async def rows_by_day(
+    database: Database,
+    query: Callable[[Within], Query],
+    numbers: Iterable[int],
+    day_of: Callable[[int], int],
+    bounds: Callable[[int], tuple[int, int]],
+    *,
+    max_days: int = MAX_DAYS,
+) -> list[asyncpg.Record]:
+    """Returns the rows that a statement finds for each of ``numbers``: one snapshot per day.
+
+    Args:
+        database: The store.
+        query: Makes the statement for :func:`of_one_day` or :func:`of_any_day`, each once; it asks for
+            what is :func:`asked_for`.
+        numbers: Of jobs, or of leases.
+        day_of: The day of a number's partition.
+        bounds: The first number of a day and of the day after.
+        max_days: Numbers of more days come from one snapshot, more slowly.
+
+    Raises:
+        DatabaseUnavailable: The connection failed.
+    """
+    days: dict[int, list[int]] = {}
+    for number in sorted(set(numbers)):
+        days.setdefault(day_of(number), []).append(number)
+    if len(days) > max_days:
+        every = [number for line in days.values() for number in line]
+        return await read_rows(
+            database, query(of_any_day), {"numbers": every, "lowest": every[0], "highest": every[-1]}
+        )
+    text, names, constants = _compiled(query(of_one_day))
+    found: list[asyncpg.Record] = []
+    for day, line in days.items():
+        values = {**constants, "numbers": line}
+        found += await undisturbed(database.look(_text_of_day(text, *bounds(day)), *[values[name] for name in names]))
+    return found
 
 
 async def rows(database: Database, query: Executable, parameters: Mapping[str, Any] | None = None) -> Rows:

@@ -1,17 +1,13 @@
-"""Lists: every filter, pages without loss or repetition, and plans that touch no table as a whole."""
+"""Lists: every filter, pages without loss or repetition."""
 
 from __future__ import annotations
 
-import json
-import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
 import pytest
-from asyncpg.pool import PoolConnectionProxy
 from google.protobuf.timestamp_pb2 import Timestamp
-from sqlalchemy.dialects.postgresql.asyncpg import dialect
 
 from lessor.ids import decode_job_id
 from lessor.v1 import job_pb2
@@ -23,11 +19,6 @@ from lessor_server.services.job_reader import JobReader
 from lessor_server.store import job_list_queries
 from lessor_server.store.catalog import Catalog
 from lessor_server.store.database import Database
-from lessor_server.store.event_queries import events_query
-from lessor_server.store.fleet_queries import groups_query
-from lessor_server.store.job_list_queries import JobFilter, find_parameters, query_for
-from lessor_server.store.job_queries import attempts_query, job_rows_query, standings_query
-from lessor_server.store.partitions import ensure_partitions
 from tests.support.rows import Rows, spec
 
 STATES = list(JobState)
@@ -206,128 +197,3 @@ async def test_tokens_and_queues_are_checked(rows: Rows, reader: JobReader) -> N
     assert len((await reader.list(ListJobsRequest(page_token=token, page_size=1))).jobs) == 1
     with pytest.raises(QueueNotFound):
         await reader.list(ListJobsRequest(queue="nowhere"))
-
-
-# ---------------------------------------------------------------- plans
-
-
-def literal(value: Any) -> str:
-    if value is None:
-        return "NULL"
-    if isinstance(value, list):
-        return "'{" + ",".join(map(str, value)) + "}'"
-    text = json.dumps(value) if isinstance(value, dict) else str(value)
-    return "'" + text.replace("'", "''") + "'"
-
-
-async def plan(connection: asyncpg.Connection | PoolConnectionProxy, query: Any, parameters: dict[str, Any]) -> str:
-    """Returns the generic plan of a statement: the one a prepared statement ends up with."""
-    compiled = query.compile(dialect=dialect())
-    values = compiled.construct_params(parameters)
-    arguments = ", ".join(literal(values[name]) for name in compiled.positiontup)
-    await connection.execute("SET plan_cache_mode = force_generic_plan")
-    await connection.execute(f"PREPARE looked AS {compiled}")
-    lines = await connection.fetch(f"EXPLAIN EXECUTE looked({arguments})")
-    await connection.execute("DEALLOCATE looked")
-    return "\n".join(row[0] for row in lines)
-
-
-@pytest.fixture
-async def crowded(pool: asyncpg.Pool, rows: Rows) -> asyncpg.Pool:
-    """60,000 jobs over three days; most of them succeeded, some failed, some wait, some run."""
-    now = datetime.now(UTC)
-    async with pool.acquire() as connection:
-        for days in (2, 4):
-            await ensure_partitions(connection, now - timedelta(days=days))
-    shape = await rows.shape()
-    session = await rows.agent("agent-00001")
-    await pool.execute(
-        "INSERT INTO job (id, queue_id, shape_id, priority, name, labels, spec, ttl_ms, max_failures, max_losses, "
-        "backoff_initial_ms, backoff_max_ms, submitted_at) "
-        "SELECT next_job_id(at), 1, $1, 0, 'n' || n % 100, jsonb_build_object('k', n % 50), '', 60000, 1, 10, 1, 1, at "
-        "FROM generate_series(1, 60000) AS n, LATERAL (SELECT now() - n * interval '3 seconds' AS at) AS t",
-        shape,
-    )
-    await pool.execute(
-        "INSERT INTO attempt (job_id, lease_id, attempt, agent_id, gpu_uuids, outcome, signal, failures, losses, "
-        "final_state, granted_at, started_at, ended_at, log_bytes) "
-        "SELECT id, nextval('lease_number'), 1, 'agent-00001', '{}', 1, 0, 0, 0, "
-        "CASE WHEN id % 50 = 0 THEN 5 WHEN id % 51 = 0 THEN 6 ELSE 4 END, now(), now(), now(), 0 "
-        "FROM job WHERE submitted_at < now() - interval '10000 seconds'"
-    )
-    await pool.execute(
-        "INSERT INTO ready (job_id, queue_id, shape_id, priority, attempts, failures, losses) "
-        "SELECT id, 1, shape_id, 0, 0, 0, 0 FROM job WHERE submitted_at >= now() - interval '9000 seconds'"
-    )
-    await pool.execute(
-        "INSERT INTO lease (job_id, lease_id, session_id, agent_id, attempt, phase, queue_id, shape_id, priority, "
-        "failures, losses, max_failures, max_losses, backoff_initial_ms, backoff_max_ms, deduped, ttl_ms, gpu_uuids, "
-        "offered_at, granted_at) SELECT id, nextval('lease_number'), $1, 'agent-00001', 1, 1 + id % 3, 1, shape_id, 0, "
-        "0, 0, 1, 10, 1, 1, false, 60000, '{}', 0, now() FROM job WHERE submitted_at < now() - interval '9000 seconds' "
-        "AND submitted_at >= now() - interval '10000 seconds'",
-        session,
-    )
-    await pool.execute(
-        "INSERT INTO event (job_ids, states, attempts) SELECT ARRAY[id], '{1}', '{0}' FROM job LIMIT 20000"
-    )
-    await pool.execute("ANALYZE")
-    return pool
-
-
-def whole_scans(text: str) -> list[str]:
-    """The sequential scans of large tables in a plan; an empty partition may be read as a whole."""
-    return [
-        line.strip()
-        for line in text.splitlines()
-        if re.search(r"Seq Scan on (job|attempt|ready|event)", line) and int(re.search(r"rows=(\d+)", line)[1]) > 1000  # type: ignore[index]
-    ]
-
-
-FILTERS = {
-    "all": JobFilter(),
-    "queue": JobFilter(queue_id=1),
-    "queued": JobFilter(states=frozenset({JobState.QUEUED})),
-    "queued of a queue": JobFilter(states=frozenset({JobState.QUEUED}), queue_id=1),
-    "running": JobFilter(states=frozenset({JobState.RUNNING})),
-    "failed": JobFilter(states=frozenset({JobState.FAILED})),
-    "cancelled by name": JobFilter(states=frozenset({JobState.CANCELLED}), name="n7"),
-    "succeeded": JobFilter(states=frozenset({JobState.SUCCEEDED})),
-    "unhappy and waiting": JobFilter(states=frozenset({JobState.FAILED, JobState.CANCELLED, JobState.QUEUED})),
-    "by label": JobFilter(labels={"k": "7"}),
-    "by time": JobFilter(submitted_after=datetime.now(UTC) - timedelta(days=1)),
-}
-
-
-async def test_no_list_and_no_look_up_reads_a_table_as_a_whole(crowded: asyncpg.Pool) -> None:
-    numbers = [row["id"] for row in await crowded.fetch("SELECT id FROM job ORDER BY id DESC LIMIT 50")]
-    asked = {"numbers": numbers, "lowest": min(numbers), "highest": max(numbers)}
-    async with crowded.acquire() as connection:
-        for name, wanted in FILTERS.items():
-            text = await plan(connection, query_for(wanted), find_parameters(wanted, None, 100))
-            assert not whole_scans(text), f"{name}:\n{text}"
-        others = {
-            "rows": (job_rows_query(), asked),
-            "standings": (standings_query(), asked),
-            "attempts": (attempts_query(), {"number": numbers[0]}),
-            "events": (events_query(), {"xid": 0, "id": 0, "max_events": 500}),
-            "groups": (groups_query(), {"per_group": 100}),
-        }
-        for name, (query, parameters) in others.items():
-            text = await plan(connection, query, parameters)
-            assert not whole_scans(text), f"{name}:\n{text}"
-
-
-async def test_times_leave_out_partitions(crowded: asyncpg.Pool) -> None:
-    now = datetime.now(UTC)
-    wanted = JobFilter(submitted_after=now - timedelta(days=2), submitted_before=now - timedelta(days=1))
-    async with crowded.acquire() as connection:
-        text = await plan(connection, query_for(wanted), find_parameters(wanted, None, 100))
-    assert re.search(r"Subplans Removed: \d+", text), text
-
-
-async def test_a_page_of_failures_among_many_looks_at_little(crowded: asyncpg.Pool, database: Database) -> None:
-    wanted = JobFilter(states=frozenset({JobState.FAILED}))
-    found = await job_list_queries.find_jobs(database, wanted, None, 10)
-    best = await crowded.fetch("SELECT job_id FROM attempt WHERE final_state = 5 ORDER BY job_id DESC LIMIT 10")
-    assert found.numbers == [row["job_id"] for row in best]
-    assert found.resume_before == found.numbers[-1]

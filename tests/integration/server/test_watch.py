@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
+from typing import Any
 
 import asyncpg
 import pytest
@@ -16,7 +17,8 @@ from lessor.v1.job_service_pb2 import WatchJobsResponse
 from lessor_server.bells import Bell, Bells
 from lessor_server.domain.errors import CursorExpired, InvalidField, JobNotFound
 from lessor_server.services.cursors import decode_cursor, encode_cursor
-from lessor_server.services.watch import AttributeCache, Watches, WatchRequest
+from lessor_server.services.watch import Watches, WatchRequest
+from lessor_server.services.watch_filter import AttributeCache, WatchFilter
 from lessor_server.services.watch_hub import WatchHub
 from lessor_server.store.database import Database
 from lessor_server.store.event_queries import DatabaseIdentity, Position, read_events, read_identity
@@ -271,7 +273,7 @@ async def test_a_cursor_ahead_of_this_replica_repeats_nothing(rows: Rows, databa
 
 async def test_the_hub_rests_when_nobody_watches(rows: Rows, database: Database, bells: Bells) -> None:
     hub = WatchHub(database, bells, poll_s=0.01)
-    async with hub.subscribe([], Bell()) as subscription:
+    async with hub.subscribe(WatchFilter(), Bell()) as subscription:
         await rows.event((1, 1, 0))
         await until(lambda: not subscription.empty)
     task = hub._task  # noqa: SLF001
@@ -279,12 +281,12 @@ async def test_the_hub_rests_when_nobody_watches(rows: Rows, database: Database,
     await asyncio.wait_for(task, 10)
     await rows.event((2, 1, 0))
     # What happened in between is not for a new subscription.
-    async with hub.subscribe([], Bell()) as subscription:
+    async with hub.subscribe(WatchFilter(), Bell()) as subscription:
         await rows.event((3, 1, 0))
         await until(lambda: not subscription.empty)
-        event = subscription.take()
-        assert event is not None
-        assert event.job_numbers == [3]
+        news = subscription.take()
+        assert news is not None
+        assert [decode_job_id(change.job_id) for change in news.changes] == [3]
     await hub.close()
 
 
@@ -372,3 +374,103 @@ async def test_listeners_are_gone_with_the_watch(rows: Rows, watches: Watches, b
         await Reader(responses).next()
         assert bells.progress._bells  # noqa: SLF001
     assert not bells.progress._bells  # noqa: SLF001
+
+
+# ---------------------------------------------------------------- many watchers
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The statements that were read so far."""
+    heard: list[str] = []
+    look = Database.look
+
+    async def noting(database: Database, text: str, *arguments: Any) -> Any:
+        heard.append(text)
+        return await look(database, text, *arguments)
+
+    monkeypatch.setattr(Database, "look", noting)
+    return heard
+
+
+@pytest.mark.parametrize("wanted", [WatchRequest(), WatchRequest(queue_id=1), WatchRequest(labels={"k": "v"})])
+async def test_a_change_is_read_once_for_all_watchers(
+    rows: Rows, database: Database, bells: Bells, looks: list[str], wanted: WatchRequest
+) -> None:
+    watches = Watches(database, bells, hub=WatchHub(database, bells, poll_s=3600))
+    numbers = [await rows.job(labels={"k": "v"}) for _ in range(3)]
+    async with AsyncExitStack() as stack:
+        readers = [Reader(await stack.enter_async_context(aclosing(follow(watches, wanted)))) for _ in range(60)]
+        for reader in readers:
+            await reader.next()
+        await rows.event((numbers[0], 1, 0))
+        bells.changed()
+        for reader in readers:
+            assert await reader.take(1) == [(numbers[0], 1, 0)]
+        looks.clear()
+        for number in numbers[1:]:
+            await rows.event((number, 1, 0))
+        bells.changed()
+        for reader in readers:
+            assert await reader.take(2) == [(number, 1, 0) for number in numbers[1:]]
+        # One of the events, perhaps again while an older transaction runs, and one of what the jobs are.
+        assert len(looks) < 10
+    await watches.close()
+
+
+async def test_progress_is_read_once_for_all_watchers(
+    rows: Rows, database: Database, bells: Bells, looks: list[str]
+) -> None:
+    watches = Watches(database, bells, hub=WatchHub(database, bells, poll_s=3600))
+    session = await rows.agent("agent-00001")
+    numbers = [await rows.job() for _ in range(30)]
+    leases = [await rows.lease(number, session, "agent-00001") for number in numbers]
+    async with AsyncExitStack() as stack:
+        readers = []
+        for number in [*numbers, *numbers]:
+            request = WatchRequest(numbers=[number], include_progress=True)
+            readers.append(Reader(await stack.enter_async_context(aclosing(follow(watches, request)))))
+            await readers[-1].next()
+        looks.clear()
+        for number, lease_id in zip(numbers, leases, strict=True):
+            await rows.progress(number, lease_id, 0.5)
+        for number in numbers:
+            bells.progress.ring(number)
+        for number, reader in zip([*numbers, *numbers], readers, strict=True):
+            assert await reader.next() == [(number, 3, 1)]
+            assert reader.last.changes[0].progress.fraction == 0.5
+        assert len(looks) < 20
+    await watches.close()
+
+
+async def test_watchers_of_the_same_are_told_of_the_same_change(rows: Rows, watches: Watches, bells: Bells) -> None:
+    """Watchers of a queue, of a label, of a job, of a job and a queue, of everything; and one that is not concerned."""
+    queue = await rows.queue("other")
+    number = await rows.job(queue="other", labels={"k": "v"})
+    await rows.ready(number)
+    wanted = [
+        WatchRequest(queue_id=queue),
+        WatchRequest(labels={"k": "v"}),
+        WatchRequest(numbers=[number]),
+        WatchRequest(numbers=[number], queue_id=queue),
+        WatchRequest(),
+    ]
+    unconcerned = [
+        WatchRequest(queue_id=1),
+        WatchRequest(labels={"k": "w"}),
+        WatchRequest(numbers=[number], labels={"k": "w"}),
+        WatchRequest(numbers=[number], queue_id=1),
+    ]
+    bystander = await rows.job()
+    async with AsyncExitStack() as stack:
+        readers = [Reader(await stack.enter_async_context(aclosing(follow(watches, each)))) for each in wanted]
+        others = [Reader(await stack.enter_async_context(aclosing(follow(watches, each)))) for each in unconcerned]
+        for reader in (*readers, *others):
+            await reader.next()
+        await rows.event((bystander, 1, 0), (number, 6, 0))
+        bells.changed()
+        for reader in readers[:4]:
+            assert await reader.take(1) == [(number, 6, 0)]
+        assert await readers[4].take(2) == [(bystander, 1, 0), (number, 6, 0)]
+        assert await others[0].take(1) == [(bystander, 1, 0)]
+    await watches.close()

@@ -159,7 +159,7 @@ def test_a_bad_flag_is_named_once(flags: tuple[str, str], capsys: pytest.Capture
 
 
 def test_the_limit_of_open_files_is_raised_and_told() -> None:
-    code = "import resource as r; from lessor_agent.limits import raise_open_files as f;"
+    code = "import resource as r; from lessor.open_files import raise_open_files as f;"
     code += "h = r.getrlimit(r.RLIMIT_NOFILE)[1]; r.setrlimit(r.RLIMIT_NOFILE, (99, h));"
     code += "assert (f(), r.getrlimit(r.RLIMIT_NOFILE)) == (99, (h, h))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,8 +11,8 @@ log = logging.getLogger(__name__)
 def raise_open_files() -> int:
     """Raises the soft limit of open files to the hard one; returns what it was.
 
-    An agent holds several descriptors per job, and the usual soft limit is meant
-    for programs that use select(2).
+    An agent holds several descriptors per job, a server one per connection; the
+    usual soft limit is meant for programs that use select(2).
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
