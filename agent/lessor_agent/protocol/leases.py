@@ -9,14 +9,13 @@ those leaves a tombstone.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
 from datetime import datetime, timedelta
 
 from lessor.lifecycle import LeasePhase, Outcome
 from lessor.v1 import agent_service_pb2 as pb
 from lessor.v1 import job_pb2
-from lessor_agent.protocol import outcomes
+from lessor_agent.protocol import outcomes, told
 from lessor_agent.protocol.actions import (
     Begin,
     DropEvents,
@@ -46,15 +45,12 @@ from lessor_agent.protocol.lease import (
 from lessor_agent.protocol.logflow import LeaseLog, Position, position_of
 from lessor_agent.protocol.logwindow import LogWindow
 from lessor_agent.protocol.progress import LatestProgress
+from lessor_agent.protocol.restoring import take_up
 from lessor_agent.protocol.session import Link, Session
+from lessor_agent.protocol.tombstones import Tombstones
 from lessor_agent.runtimes.base import Handle, StopCause
 
 log = logging.getLogger(__name__)
-
-MAX_TOMBSTONES = 10_000
-"""Tombstones kept in memory; the oldest go first. Only a late message of this very session can need one."""
-
-_ACCEPTED = pb.Accepted()
 
 _STOPPING = {
     pb.REVOKE_REASON_CANCELLED: StopCause.CANCELLED,
@@ -89,7 +85,7 @@ class LeaseTable:
         self._session = session
         self._runtimes = frozenset(runtimes)
         self._held: dict[int, Lease] = {}
-        self._tombstones: OrderedDict[int, None] = OrderedDict.fromkeys(tombstones)
+        self._tombstones = Tombstones(tombstones)
         self._restored = tuple(restored)
         self._undecided: dict[int, str] = dict.fromkeys(undecided, "")
         """lease_id → job_id whose lease is to be released when it is decided; empty: nobody has asked."""
@@ -122,7 +118,7 @@ class LeaseTable:
             if found.fate is Fate.NEVER_PREPARED and found.grant.lease_id in self._undecided:
                 self._undecided[found.grant.lease_id] = found.grant.job_id
                 continue
-            lease = self._take_up(found)
+            lease = self._held[found.grant.lease_id] = take_up(found, self._desk.events)
             if found.fate is Fate.NEVER_PREPARED:
                 self._give_back(lease, "the agent restarted before it was prepared")
             elif lease.end_acked and found.fate is not Fate.FOUND:
@@ -133,35 +129,6 @@ class LeaseTable:
                     lease.lease_id, outcomes.Ending(exit=None, rebooted=found.fate is Fate.REBOOTED), now_ns=now_ns
                 )
         self._restored = ()
-
-    def _take_up(self, found: RestoredLease) -> Lease:
-        lease_id = found.grant.lease_id
-        stage = {
-            LeasePhase.ACCEPTED: ACCEPTED,
-            LeasePhase.RUNNING: RUNNING,
-            LeasePhase.DRAINING: ENDED,
-        }.get(found.phase, INTENT)
-        lease = Lease(found.grant, stage, confirmed=False, log=LeaseLog(), restored=True)
-        lease.begun = stage >= RUNNING
-        # Until an end is found that is still owed.
-        lease.end_acked = stage is ENDED
-        self._held[lease_id] = lease
-        for pending in self._desk.events.of_lease(lease_id):
-            if pending.kind == "checkpoint_saved":
-                lease.checkpoint_seq = pending.seq
-            elif pending.kind == "ended":
-                # An end that is still owed is repeated as it was journalled. One
-                # that was acked has only its log to finish.
-                lease.stage = ENDED
-                lease.end_acked = False
-                ended = pending.event.ended
-                lease.ended_event = ended
-                # Where the files are gone there is nothing left to send: the
-                # lease is forgotten after its end, and the server says that
-                # the log was cut.
-                kept = found.fate is Fate.FOUND
-                lease.log.final_offset = ended.final_log_offset if kept else 0
-        return lease
 
     # ── what the server says ─────────────────────────────────────────────────
 
@@ -297,7 +264,7 @@ class LeaseTable:
         lease.stage = SECURING
         self._renew(lease)
         self._desk.record(PutHandle(lease_id, handle), PutPhase(lease_id, LeasePhase.ACCEPTED))
-        lease.accepted_seq = self._desk.tell(_accepted(lease), "accepted").seq
+        lease.accepted_seq = self._desk.tell(told.accepted(lease), "accepted").seq
         self._desk.after_commit(self._secured, lease)
 
     def prepare_refused(self, lease_id: int, error: job_pb2.JobError) -> None:
@@ -330,7 +297,7 @@ class LeaseTable:
         for lease in self._begun.values():
             if lease.stage is RUNNING and not lease.stale:
                 self._desk.record(PutPhase(lease.lease_id, LeasePhase.RUNNING))
-                self._desk.tell(_running(lease), "running")
+                self._desk.tell(told.running(lease), "running")
         self._begun.clear()
 
     def ended(self, lease_id: int, ending: outcomes.Ending, now_ns: int) -> None:
@@ -405,11 +372,11 @@ class LeaseTable:
             message = (
                 f"this agent has no runtime {lease.runtime!r}; it has {', '.join(sorted(self._runtimes)) or 'none'}"
             )
-            self._reject(lease, _infrastructure("RUNTIME_UNKNOWN", message))
+            self._reject(lease, told.infrastructure("RUNTIME_UNKNOWN", message))
             return
         if grant.spec.WhichOneof("work") is None:
             message = "the job asks for a kind of work that this version of the agent does not know"
-            self._reject(lease, _infrastructure("WORK_UNKNOWN", message))
+            self._reject(lease, told.infrastructure("WORK_UNKNOWN", message))
             return
         self._desk.record(PutLease(lease.lease_id, lease.job_id, grant.SerializeToString()))
         self._desk.after_commit(self._intended, lease)
@@ -426,13 +393,13 @@ class LeaseTable:
 
     def _intended(self, lease: Lease, error: str | None) -> None:
         if error is not None and not lease.stale:
-            self._reject(lease, _infrastructure("JOURNAL_UNAVAILABLE", error))
+            self._reject(lease, told.infrastructure("JOURNAL_UNAVAILABLE", error))
         elif lease.stale:
             self._forget(lease)
         elif lease.withdrawn is not None:
             self._give_back(lease, lease.withdrawn)
         elif lease.stop is not None:
-            self._end(lease, _ended(lease, outcomes.stopped_before_start(lease.stop.cause)))
+            self._end(lease, told.ended(lease, outcomes.stopped_before_start(lease.stop.cause)))
         else:
             lease.stage = PREPARING
             deadline_ns = lease.told_deadline_ns = lease.deadline_ns(self._session.renewed_ns)
@@ -445,7 +412,7 @@ class LeaseTable:
             # Without its handle in the journal a restarted agent would end the
             # job as a stray: it must not begin.
             self._desk.events.remove(lease.accepted_seq)
-            lease.rejected = _infrastructure("JOURNAL_UNAVAILABLE", error)
+            lease.rejected = told.infrastructure("JOURNAL_UNAVAILABLE", error)
             self._desk.put(Stop(lease.lease_id, StopCause.STALE, None))
             return
         lease.stage = ACCEPTED
@@ -498,7 +465,7 @@ class LeaseTable:
             log.info("job ended", extra={**fields, "outcome": Outcome(ended.outcome).name})
         self._desk.record(PutPhase(lease.lease_id, LeasePhase.DRAINING))
         if lease.checkpoint_next is not None:
-            self._desk.tell(_checkpoint(lease, lease.checkpoint_next), "checkpoint_saved")
+            self._desk.tell(told.checkpoint(lease, lease.checkpoint_next), "checkpoint_saved")
             lease.checkpoint_next = None
         self._desk.tell(event, "ended")
 
@@ -523,7 +490,7 @@ class LeaseTable:
             extra={"event": "released", "lease_id": lease.lease_id, "job_id": lease.job_id, "reason": reason},
         )
         self._leave(lease)
-        self._desk.tell(_released(lease.job_id, lease.lease_id, reason), "released")
+        self._desk.tell(told.released(lease.job_id, lease.lease_id, reason), "released")
 
     def _forget_if_done(self, lease: Lease) -> None:
         if lease.stage is ENDED and lease.end_acked and lease.log.complete:
@@ -544,7 +511,7 @@ class LeaseTable:
         self._held.pop(lease_id, None)
         self.progress.drop(lease)
         self.logs.forget(lease_id)
-        self._bury(lease_id)
+        self._tombstones.bury(lease_id)
         self._desk.record(DropLease(lease_id))
         self._desk.put_after_commit(Forget(lease_id))
 
@@ -559,23 +526,16 @@ class LeaseTable:
         if self._desk.events.of_lease(lease_id):
             self._desk.events.unsend(lease_id)
             return
-        self._bury(lease_id)
+        self._tombstones.bury(lease_id)
         self._desk.record(DropLease(lease_id))
-        self._desk.tell(_released(job_id, lease_id, reason), "released")
+        self._desk.tell(told.released(job_id, lease_id, reason), "released")
 
     def _drop_unheld(self, lease_id: int) -> None:
         dropped = self._desk.events.remove_lease(lease_id)
-        self._bury(lease_id)
+        self._tombstones.bury(lease_id)
         self._desk.record(DropLease(lease_id))
         if dropped:
             self._desk.record(DropEvents(dropped))
-
-    def _bury(self, lease_id: int) -> None:
-        tombstones = self._tombstones
-        tombstones[lease_id] = None
-        tombstones.move_to_end(lease_id)
-        while len(tombstones) > MAX_TOMBSTONES:
-            tombstones.popitem(last=False)
 
     def _say_again(self, lease: Lease) -> None:
         """Repeats what is so of a held lease. What is not journalled yet is said when it is."""
@@ -589,12 +549,12 @@ class LeaseTable:
         owed = self._desk.events.of_lease(lease.lease_id)
         self._desk.events.unsend(lease.lease_id)
         if lease.stage is ENDED and lease.ended_event is not None:
-            kind, event = "ended", _ended(lease, lease.ended_event)
+            kind, event = "ended", told.ended(lease, lease.ended_event)
         elif lease.stage is RUNNING:
-            kind, event = "running", _running(lease)
+            kind, event = "running", told.running(lease)
         else:
             kind = "accepted"
-            event = _accepted(lease)
+            event = told.accepted(lease)
         if all(pending.kind != kind for pending in owed):
             # Not journalled: it tells nothing that the journal does not know.
             self._desk.events.add(event, kind, committed=True)
@@ -603,7 +563,7 @@ class LeaseTable:
         # In the order they happened: it runs, then it saves.
         self.settle_begun()
         unsent = self._desk.events.get(lease.checkpoint_seq)
-        lease.checkpoint_seq = self._desk.tell(_checkpoint(lease, cursor), "checkpoint_saved").seq
+        lease.checkpoint_seq = self._desk.tell(told.checkpoint(lease, cursor), "checkpoint_saved").seq
         # With a live stream the older one is about to leave: replaced by each
         # next one, none would ever be sent.
         if unsent is not None and unsent.sent_ns is None and self._session.link is not Link.UP:
@@ -638,29 +598,3 @@ class LeaseTable:
         if lease.confirmed and not lease.abandoned and SECURING <= lease.stage <= RUNNING:
             lease.told_deadline_ns = deadline_ns
             self._desk.put(Renew(lease.lease_id, deadline_ns))
-
-
-def _accepted(lease: Lease) -> pb.LeaseEvent:
-    return pb.LeaseEvent(job_id=lease.job_id, lease_id=lease.lease_id, accepted=_ACCEPTED)
-
-
-def _running(lease: Lease) -> pb.LeaseEvent:
-    running = pb.Running(start_time=outcomes.timestamp(lease.start_time) if lease.start_time is not None else None)
-    return pb.LeaseEvent(job_id=lease.job_id, lease_id=lease.lease_id, running=running)
-
-
-def _ended(lease: Lease, ended: pb.Ended) -> pb.LeaseEvent:
-    return pb.LeaseEvent(job_id=lease.job_id, lease_id=lease.lease_id, ended=ended)
-
-
-def _checkpoint(lease: Lease, cursor: str) -> pb.LeaseEvent:
-    saved = pb.CheckpointSaved(cursor=cursor)
-    return pb.LeaseEvent(job_id=lease.job_id, lease_id=lease.lease_id, checkpoint_saved=saved)
-
-
-def _released(job_id: str, lease_id: int, reason: str) -> pb.LeaseEvent:
-    return pb.LeaseEvent(job_id=job_id, lease_id=lease_id, released=pb.Released(reason=reason))
-
-
-def _infrastructure(type_: str, message: str) -> job_pb2.JobError:
-    return outcomes.job_error(job_pb2.ERROR_CLASS_INFRASTRUCTURE, type_, message, retryable=True)
