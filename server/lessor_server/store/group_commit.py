@@ -140,8 +140,8 @@ class GroupCommit(Generic[Item, Result]):
                     return
                 self._work.clear()
                 continue
-            if self._linger_s and not self._closing:
-                await asyncio.sleep(self._linger_s)
+            # At least one turn of the loop: what is ready to be handed over then rides along at no delay.
+            await asyncio.sleep(0 if self._closing else self._linger_s)
             if batch := self._take():
                 await self._commit(batch)
 

@@ -33,8 +33,8 @@ PAST = {"job", "attempt", "event", "log_chunk", "log_head", "progress"}
 """Tables that grow with the jobs there ever were."""
 LIVE = {"ready", "delayed", "lease"}
 """And with the jobs that wait and run: only an explanation, which counts those that go first, reads all of them."""
-MANY_ROWS = 300
-"""A table of fewer rows is read as fast as its index."""
+MANY_ROWS, MANY_PAGES = 300, 16
+"""A table of fewer rows, or of rows so small that they fill fewer pages, is read as fast as its index."""
 MOST_ROWS = 1.5 * MAX_EXAMINED
 """What a read may look at, of all tables together."""
 
@@ -187,13 +187,14 @@ async def offences(database: Database, heard: list[tuple[str, tuple[Any, ...]]],
     found = []
     connection = await asyncpg.connect(database.url, server_settings=SESSION_SETTINGS)
     try:
-        rows = await connection.fetch("SELECT relname FROM pg_class WHERE reltuples > $1", MANY_ROWS)
+        rows = await connection.fetch("SELECT relname, relpages FROM pg_class WHERE reltuples > $1", MANY_ROWS)
         filled = {row["relname"] for row in rows}
+        large = {row["relname"] for row in rows if row["relpages"] >= MANY_PAGES}
         assert tables - {"delayed"} <= {re.sub(r"_\d{8}$", "", name) for name in filled}
         for query, args in dict(heard).items():
             nodes = await plan(connection, query, args)
             reads = [node for node in nodes if table_of(node) in tables]
-            scanned = {node["Relation Name"] for node in reads if node["Node Type"] == "Seq Scan"} & filled
+            scanned = {node["Relation Name"] for node in reads if node["Node Type"] == "Seq Scan"} & large
             found += [f"{name} is read as a whole by {query}" for name in sorted(scanned)]
             if (looked_at := sum(map(rows_read, reads))) > MOST_ROWS:
                 found.append(f"{looked_at} rows are looked at by {query}")
