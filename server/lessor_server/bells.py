@@ -23,22 +23,28 @@ class Bell:
         """Wakes all waiters. Call it on the event loop's thread."""
         self.count += 1
         for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+            _wake(waiter)
 
     async def wait(self, seen: int, timeout_s: float) -> int:
         """Returns the count as soon as it is not ``seen`` any more, or after ``timeout_s`` seconds."""
         if self.count != seen:
             return self.count
-        waiter = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        waiter = loop.create_future()
         self._waiters.add(waiter)
+        # Not wait_for: Python 3.11's takes no notice of a cancellation that comes together with a ring.
+        timer = loop.call_later(timeout_s, _wake, waiter)
         try:
-            await asyncio.wait_for(waiter, timeout_s)
-        except TimeoutError:
-            pass
+            await waiter
         finally:
+            timer.cancel()
             self._waiters.discard(waiter)
         return self.count
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 class KeyedBells:

@@ -26,8 +26,9 @@ _MAX_AGE_S = 1.0
 _SMALL_S = 0.02
 """A fleet that is read in less is small."""
 _REST = 20
-_REST_WHILE_BLOCKED = 2
-"""A read is followed by a rest of so many times what it took, unless an operator has changed something."""
+_SHORT_REST = 2
+"""A read is followed by a rest of so many times what it took; a short one while jobs find no room or claims fail,
+none once an operator has changed something."""
 
 
 class _Held(NamedTuple):
@@ -57,6 +58,8 @@ class Picture:
         self._reading = False
         self._suspect = False
         """Room may be free that is not known of."""
+        self._refuted = False
+        """A claim did not give what was planned: an agent may have gone that is planned for again and again."""
         self._fleet_seen = self._orders_seen = 0
         self._read_at_s = 0.0
         self._read_took_s = 0.0
@@ -84,8 +87,8 @@ class Picture:
         """
         if self.ground is None or self._orders_seen != self._bells.orders.count:
             return 0.0
-        stale = self._fleet_seen != self._bells.fleet.count or (blocked and self._suspect)
-        rest_s = self._read_took_s * (_REST_WHILE_BLOCKED if stale and blocked else _REST)
+        stale = self._refuted or self._fleet_seen != self._bells.fleet.count or (blocked and self._suspect)
+        rest_s = self._read_took_s * (_SHORT_REST if stale and (blocked or self._refuted) else _REST)
         age_s = time.monotonic() - self._read_at_s
         return max(0.0, max(rest_s, 0.0 if stale else _MAX_AGE_S) - age_s)
 
@@ -97,7 +100,7 @@ class Picture:
         """
         self._reads += 1
         self._reading = True
-        self._suspect = False
+        self._suspect = self._refuted = False
         fleet_seen, orders_seen = self._bells.fleet.count, self._bells.orders.count
         began_s = time.monotonic()
         try:
@@ -131,6 +134,7 @@ class Picture:
             shape = shapes[grant.shape_id]
             lease_id = lease_ids.get(grant.job_id)
             if lease_id is None:
+                self._refuted = True
                 self.ground.give_back(grant.agent_id, shape, grant.gpu_uuids)
                 self.ground.answered(grant.agent_id)
                 continue

@@ -244,6 +244,22 @@ async def test_a_claim_of_unknown_outcome_has_everything_read_anew(
     assert len(await leases(jobs)) == 2
 
 
+async def test_an_agent_that_has_moved_on_is_not_planned_for_again_and_again(jobs: Store) -> None:
+    await jobs.hello()
+    leader = Leader(jobs)
+    await leader.settle()
+    # Nothing rings: as if another replica had heard it, and its word were late.
+    await jobs.hello()
+    await jobs.submit(1)
+    assert leader.picture.due_in_s(blocked=False) > 0.5
+    await leader.planning.step()
+    assert await leases(jobs) == []
+    assert leader.picture.due_in_s(blocked=False) < 0.5
+    async with asyncio.timeout(20):
+        while not await leases(jobs):
+            await leader.planning.step()
+
+
 async def test_another_leader_begins_with_what_is_so(jobs: Store) -> None:
     await jobs.hello(cpu_millis=2000)
     old = Leader(jobs)
