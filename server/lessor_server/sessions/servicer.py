@@ -26,7 +26,7 @@ from lessor_server.sessions.readings import GpuReadings
 from lessor_server.sessions.stream import AgentStream, Streams
 from lessor_server.store.database import Database
 from lessor_server.store.hello import commit_session, take_standing
-from lessor_server.store.logs import Position
+from lessor_server.store.logs import Chunk, Position
 from lessor_server.store.reports import Report, Verdict
 
 logger = logging.getLogger(__name__)
@@ -129,8 +129,8 @@ class AgentServicer(agent_service_pb2_grpc.AgentServiceServicer):
                 elif kind == "log_chunks":
                     self._logs(stream, request.log_chunks)
                 elif kind == "progress":
-                    for update in request.progress.updates:
-                        self._commits.progress.submit(convert.progress(update, stream.agent_id))
+                    updates = [convert.progress(update, stream.agent_id) for update in request.progress.updates]
+                    self._commits.progress.submit_all(updates)
                 elif kind == "hello":
                     await self._hello(stream, request.hello)
                 elif kind == "goodbye":
@@ -256,25 +256,25 @@ class AgentServicer(agent_service_pb2_grpc.AgentServiceServicer):
             self._delivery.revokes(stream.session_id, stale, pb.REVOKE_REASON_STALE, now_s)
 
     def _logs(self, stream: AgentStream, message: pb.LogChunks) -> None:
+        chunks: list[Chunk] = []
+        size = 0
         for chunk in message.chunks:
-            if stream.unanswered_log_bytes > MAX_UNANSWERED_LOG_BYTES:
-                # Left out: the agent sends again from what is acked.
-                return
-            stream.unanswered_log_bytes += len(chunk.data)
-            future = self._commits.logs.submit(convert.chunk(chunk, stream.agent_id))
-            future.add_done_callback(_answered(stream, len(chunk.data)))
-            _then(future, _acker(stream))
+            if stream.unanswered_log_bytes + size > MAX_UNANSWERED_LOG_BYTES:
+                # The rest is left out: the agent sends again from what is acked.
+                break
+            size += len(chunk.data)
+            chunks.append(convert.chunk(chunk, stream.agent_id))
+        stream.unanswered_log_bytes += size
 
+        def stored(outcomes: asyncio.Future[list[Position | Exception]]) -> None:
+            stream.unanswered_log_bytes -= size
+            for outcome in outcomes.result():
+                if isinstance(outcome, Exception):
+                    _note_uncommitted(outcome)
+                else:
+                    stream.ack_log(convert.log_position(outcome))
 
-def _answered(stream: AgentStream, size: int) -> Callable[[asyncio.Future[Position]], None]:
-    def done(_: asyncio.Future[Position]) -> None:
-        stream.unanswered_log_bytes -= size
-
-    return done
-
-
-def _acker(stream: AgentStream) -> Callable[[Position], None]:
-    return lambda position: stream.ack_log(convert.log_position(position))
+        self._commits.logs.submit_all(chunks).add_done_callback(stored)
 
 
 def _then(future: asyncio.Future[T], use: Callable[[T], None]) -> None:
