@@ -124,7 +124,7 @@ async def test_bad_job_files(shell: Shell, tmp_path: Path) -> None:
         "huge_env.yaml": (f"command: [a]\nenv:\n  A: {huge}", ("huge_env.yaml", "67108864", "split")),
         "long_env.json": (
             f'{{"command": ["a"], "env": {{"A": "{huge[:20_000_000]}"}}}}',
-            ("the request", "20000072", "limit of 16777216", "file"),
+            ("the request", "20000064", "limit of 16777216", "file"),
         ),
         "argv.json": (f'{{"command": ["a", "{huge[:5_000_000]}"]}}', ("131072",)),
         "many.json": ('[{"command": ["a"]}, {"command": ["a"], "gpus": -1}]', ("many.json", "job 2", "-1")),
