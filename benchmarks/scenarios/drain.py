@@ -121,7 +121,7 @@ def _batches(jobs: int) -> Iterator[int]:
 def run(bench: Bench) -> Result:
     """Runs the scenario."""
     result = Result("drain", TITLE)
-    jobs = bench.scale(50_000, 10_000)
+    jobs = bench.scale(50_000, 8_000)
     fleets: Sequence[int] = (64,) if bench.quick else (8, 64, 500)
     with bench.postgres() as postgres:
         bench.say("the bare store")
