@@ -50,7 +50,7 @@ class Jobs:
         self._submits = self._committed_by("submit")
         self._large_submits = self._committed_by("large submit")
 
-    def _committed_by(self, name: str) -> GroupCommit[Request, Submitted | RequestIdReused]:
+    def _committed_by(self, name: str) -> GroupCommit[Request, Submitted]:
         return GroupCommit(
             name,
             self._flush_submits,
@@ -92,10 +92,7 @@ class Jobs:
     async def _commit(self, request: Request) -> Submitted:
         """Commits a request; whoever asked may go away meanwhile."""
         commits = self._submits if len(request.jobs) < _LARGE_JOBS else self._large_submits
-        (answer,) = await asyncio.shield(commits.submit_all((request,)))
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        return await commits.commit(request)
 
     async def _rows(self, submissions: Sequence[Submission]) -> list[JobRow]:
         """Returns the rows of jobs.

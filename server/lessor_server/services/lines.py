@@ -8,13 +8,13 @@ was cancelled or taken: the claim leaves that out.
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from lessor_server.bells import Bells
 from lessor_server.planner.model import Candidate, Grant, Group
+from lessor_server.services.reading import Reading
 from lessor_server.store.catalog import Catalog
 from lessor_server.store.database import Database
 from lessor_server.store.fleet_queries import load_groups
@@ -25,7 +25,6 @@ _READ_PER_LINE = (20, 5000)
 """Candidates read of a line: at least, at most."""
 _LONGEST_LINE = 20_000
 """A line that grows longer is cut to half; the rest is read when its turn comes."""
-_MAX_AGE_S = 1.0
 _REST = 5
 """A read is followed by a rest of so many times what it took."""
 
@@ -42,7 +41,7 @@ class Arrival(NamedTuple):
 class _Line:
     """Waiting jobs of one queue and shape, in the order they go."""
 
-    __slots__ = ("candidates", "complete", "read")
+    __slots__ = ("candidates", "complete")
 
     def __init__(self, candidates: list[Candidate], *, complete: bool) -> None:
         self.candidates = candidates
@@ -75,8 +74,7 @@ class Lines:
         """While a read is under way: it may or may not find them."""
         self._stale = True
         self._waiting_seen = 0
-        self._read_at_s = 0.0
-        self._read_took_s = 0.0
+        self._reading = Reading()
         self._count = 0
 
     def drop(self) -> None:
@@ -112,9 +110,8 @@ class Lines:
         """Returns in how many seconds the lines are to be read anew; 0: now."""
         if self._lines is None:
             return 0.0
-        age_s = time.monotonic() - self._read_at_s
         stale = self._stale or self._bells.waiting.count != self._waiting_seen
-        return max(0.0, max(self._read_took_s * _REST, 0.0 if stale else _MAX_AGE_S) - age_s)
+        return self._reading.due_in_s(stale=stale, rest=_REST)
 
     async def read(self) -> None:
         """Reads what waits.
@@ -127,9 +124,9 @@ class Lines:
         self._arrived_meanwhile = []
         least, most = _READ_PER_LINE
         per_line = min(max(_READ_CANDIDATES // max(1, self._count), least), most)
-        began_s = time.monotonic()
         try:
-            groups = await load_groups(self._database, self._catalog, per_line)
+            with self._reading.timed():
+                groups = await load_groups(self._database, self._catalog, per_line)
             self._lines = {
                 (group.queue_id, group.shape_id): _Line(
                     list(group.candidates), complete=group.waiting <= len(group.candidates)
@@ -141,8 +138,6 @@ class Lines:
             if self._lines is not None:
                 self._join(arrived)
         self._count = len(self._lines)
-        self._read_at_s = time.monotonic()
-        self._read_took_s = self._read_at_s - began_s
 
     async def groups(self, per_group: int) -> list[Group]:
         """Returns the lines for the planner, the first ``per_group`` jobs of each."""

@@ -10,7 +10,6 @@ held, a session that has moved on, a job that is gone.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -19,10 +18,10 @@ from lessor_server.bells import Bells
 from lessor_server.domain.shape import Shape
 from lessor_server.planner.model import Grant, Policy, Queue
 from lessor_server.planner.placement import Ground
+from lessor_server.services.reading import Reading
 from lessor_server.store.database import Database
 from lessor_server.store.fleet_queries import load_fleet, load_queues
 
-_MAX_AGE_S = 1.0
 _SMALL_S = 0.02
 """A fleet that is read in less is small."""
 _REST = 20
@@ -61,13 +60,12 @@ class Picture:
         self._refuted = False
         """A claim did not give what was planned: an agent may have gone that is planned for again and again."""
         self._fleet_seen = self._orders_seen = 0
-        self._read_at_s = 0.0
-        self._read_took_s = 0.0
+        self._last_read = Reading()
 
     @property
     def is_small(self) -> bool:
         """The fleet is read in no time."""
-        return self._read_took_s < _SMALL_S
+        return self._last_read.took_s < _SMALL_S
 
     def drop(self) -> None:
         """Forgets everything: another replica led meanwhile, or a claim has an unknown outcome."""
@@ -88,9 +86,8 @@ class Picture:
         if self.ground is None or self._orders_seen != self._bells.orders.count:
             return 0.0
         stale = self._refuted or self._fleet_seen != self._bells.fleet.count or (blocked and self._suspect)
-        rest_s = self._read_took_s * (_SHORT_REST if stale and (blocked or self._refuted) else _REST)
-        age_s = time.monotonic() - self._read_at_s
-        return max(0.0, max(rest_s, 0.0 if stale else _MAX_AGE_S) - age_s)
+        rest = _SHORT_REST if stale and (blocked or self._refuted) else _REST
+        return self._last_read.due_in_s(stale=stale, rest=rest)
 
     async def read(self) -> None:
         """Reads agents and queues.
@@ -102,10 +99,10 @@ class Picture:
         self._reading = True
         self._suspect = self._refuted = False
         fleet_seen, orders_seen = self._bells.fleet.count, self._bells.orders.count
-        began_s = time.monotonic()
         try:
-            queues = await load_queues(self._database)
-            fleet = await load_fleet(self._database)
+            with self._last_read.timed():
+                queues = await load_queues(self._database)
+                fleet = await load_fleet(self._database)
         finally:
             self._reading = False
         self.queues = queues
@@ -113,8 +110,6 @@ class Picture:
             self.ground.retire()
         self.ground = Ground(fleet, self._policy.max_offers)
         self._fleet_seen, self._orders_seen = fleet_seen, orders_seen
-        self._read_at_s = time.monotonic()
-        self._read_took_s = self._read_at_s - began_s
         if len(self._held) > 1000 + 2 * sum(queue.running for queue in queues.values()):
             # Of leases that ended on other replicas nothing is heard here.
             self._held.clear()

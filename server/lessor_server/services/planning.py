@@ -145,12 +145,10 @@ class Planning:
         except DatabaseUnavailable:
             # It may still commit: in a new term it cannot, and the next cycle reads what is so.
             self._doubtful = True
-            self._term = None
             raise
         except asyncpg.UniqueViolationError:
             # A job or a GPU that the plan took for free is held: never store it, say so
             # loudly, and plan anew on what is there.
             logger.exception("a plan would have given something twice", extra={"event": "claim_refused"})
             self._doubtful = True
-            self._term = None
             return []

@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-Flush = Callable[[Sequence[Item]], Awaitable[Sequence[Result]]]
-"""Commits a batch and returns one result per item, in order. All or nothing."""
+Flush = Callable[[Sequence[Item]], Awaitable[Sequence[Result | Exception]]]
+"""Commits a batch and returns per item, in order, its result or why it is refused. All or nothing."""
 
 
 class _Handed(Generic[Item]):
@@ -50,7 +50,6 @@ class GroupCommit(Generic[Item, Result]):
         flush: Flush[Item, Result],
         *,
         max_items: int,
-        workers: int = 1,
         linger_s: float = 0.0,
         weight: Callable[[Item], int] | None = None,
         max_weight: int = 0,
@@ -60,7 +59,6 @@ class GroupCommit(Generic[Item, Result]):
             name: For logs.
             flush: Commits one batch.
             max_items: Most items of a batch.
-            workers: Batches under way at once; 1 keeps the items in order.
             linger_s: Wait this long after the first item of a batch, in seconds.
             weight: Size of an item, for ``max_weight``.
             max_weight: Most weight of a batch; a heavier item goes alone.
@@ -68,26 +66,24 @@ class GroupCommit(Generic[Item, Result]):
         self._name = name
         self._flush = flush
         self._max_items = max_items
-        self._worker_count = workers
         self._linger_s = linger_s
         self._weight = weight
         self._max_weight = max_weight
         self._queue: deque[_Handed[Item]] = deque()
         self._work = asyncio.Event()
-        self._workers: list[asyncio.Task[None]] = []
+        self._worker: asyncio.Task[None] | None = None
         self._closing = False
 
     def start(self) -> None:
-        """Starts the workers, on the running loop."""
-        self._workers = [
-            asyncio.create_task(self._run(), name=f"group-commit-{self._name}-{n}") for n in range(self._worker_count)
-        ]
+        """Starts the worker, on the running loop."""
+        self._worker = asyncio.create_task(self._run(), name=f"group-commit-{self._name}")
 
     async def close(self) -> None:
-        """Commits what was handed over, then ends the workers. New items are refused."""
+        """Commits what was handed over, then ends the worker. New items are refused."""
         self._closing = True
         self._work.set()
-        await asyncio.gather(*self._workers)
+        if self._worker is not None:
+            await self._worker
 
     def submit(self, item: Item) -> asyncio.Future[Result]:
         """Hands over an item; the future tells its result, or the error of its commit.
@@ -130,7 +126,10 @@ class GroupCommit(Generic[Item, Result]):
 
     async def commit(self, item: Item) -> Result:
         """Hands over an item and waits for it; a cancelled waiter does not cancel the commit."""
-        return await asyncio.shield(self.submit(item))
+        (outcome,) = await asyncio.shield(self.submit_all((item,)))
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     async def _run(self) -> None:
         while True:

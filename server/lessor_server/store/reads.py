@@ -69,6 +69,13 @@ def _compiled(query: Query) -> tuple[str, tuple[str, ...], Mapping[str, Any]]:
     return str(compiled), tuple(compiled.positiontup or ()), compiled.params
 
 
+def _bound(query: Query, parameters: Mapping[str, Any] | None) -> tuple[str, list[Any]]:
+    """Returns a statement as asyncpg takes it, and the values of $1, $2, …"""
+    text, names, constants = _compiled(query)
+    values = {**constants, **(parameters or {})}
+    return text, [values[name] for name in names]
+
+
 async def plain_rows(
     database: Database, query: Select[Any], parameters: Mapping[str, Any] | None = None
 ) -> list[asyncpg.Record]:
@@ -79,9 +86,7 @@ async def plain_rows(
     Raises:
         DatabaseUnavailable: The connection failed.
     """
-    text, names, constants = _compiled(query)
-    values = {**constants, **(parameters or {})}
-    arguments = [values[name] for name in names]
+    text, arguments = _bound(query, parameters)
     return await undisturbed(database.query(text, *arguments))
 
 
@@ -95,9 +100,8 @@ async def read_rows(
     Raises:
         DatabaseUnavailable: The connection failed.
     """
-    text, names, constants = _compiled(query)
-    values = {**constants, **(parameters or {})}
-    return await undisturbed(database.look(text, *[values[name] for name in names]))
+    text, arguments = _bound(query, parameters)
+    return await undisturbed(database.look(text, *arguments))
 
 
 # ---------------------------------------------------------------- by number, day by day
@@ -165,11 +169,10 @@ async def rows_by_day(
         return await read_rows(
             database, query(of_any_day), {"numbers": every, "lowest": every[0], "highest": every[-1]}
         )
-    text, names, constants = _compiled(query(of_one_day))
     found: list[asyncpg.Record] = []
     for day, line in days.items():
-        values = {**constants, "numbers": line}
-        found += await undisturbed(database.look(_text_of_day(text, *bounds(day)), *[values[name] for name in names]))
+        text, arguments = _bound(query(of_one_day), {"numbers": line})
+        found += await undisturbed(database.look(_text_of_day(text, *bounds(day)), *arguments))
     return found
 
 
