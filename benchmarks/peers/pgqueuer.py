@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from benchmarks.peers.peer import (
-    INSTALL_TIMEOUT_S,
-    SAMPLES,
-    WORKERS,
-    Peer,
     PeerFigures,
     PythonEnvironment,
-    ask_worker,
+    PythonPeer,
     database,
-    figures,
 )
 from benchmarks.system import Bench
 
@@ -21,22 +16,16 @@ _ENVIRONMENT = PythonEnvironment(
 )
 
 
-class PgQueuer(Peer):
+class PgQueuer(PythonPeer):
     """PgQueuer with asyncpg and uvloop, in batches of 100."""
 
+    version = VERSION
+    environment = _ENVIRONMENT
     key = "pgqueuer"
     name = "PgQueuer, batch 100"
     what_runs = "coroutines in one Python process; no remote agent, no lease"
     jobs = 30_000
     quick_jobs = 10_000
-
-    def install(self, timeout_s: float = INSTALL_TIMEOUT_S) -> None:
-        """Installs it with pip.
-
-        Raises:
-            Unavailable: It cannot be had.
-        """
-        _ENVIRONMENT.install(timeout_s)
 
     def measure(self, bench: Bench, jobs: int) -> PeerFigures:
         """Measures it.
@@ -44,7 +33,6 @@ class PgQueuer(Peer):
         Raises:
             Unavailable: It is not installed, or fails.
         """
-        _ENVIRONMENT.installation.require()
+        self.environment.installation.require()
         with database(bench) as url:
-            command = [str(_ENVIRONMENT.python), str(WORKERS / "pgqueuer_worker.py"), url, str(jobs), str(SAMPLES)]
-            return figures(ask_worker(command), jobs, VERSION)
+            return self.ask(url, jobs)

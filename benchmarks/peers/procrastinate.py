@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from benchmarks.peers.peer import (
-    INSTALL_TIMEOUT_S,
-    SAMPLES,
-    WORKERS,
-    Peer,
     PeerFigures,
     PythonEnvironment,
-    ask_worker,
+    PythonPeer,
     database,
-    figures,
 )
 from benchmarks.system import Bench
 
@@ -23,21 +18,15 @@ _ENVIRONMENT = PythonEnvironment(
 )
 
 
-class Procrastinate(Peer):
+class Procrastinate(PythonPeer):
     """procrastinate with psycopg and uvloop."""
 
+    version = VERSION
+    environment = _ENVIRONMENT
     key = "procrastinate"
     name = "procrastinate"
     what_runs = "coroutines in one Python process; no remote agent, no lease"
     jobs = 2_000
-
-    def install(self, timeout_s: float = INSTALL_TIMEOUT_S) -> None:
-        """Installs it with pip.
-
-        Raises:
-            Unavailable: It cannot be had.
-        """
-        _ENVIRONMENT.install(timeout_s)
 
     def measure(self, bench: Bench, jobs: int) -> PeerFigures:
         """Measures it.
@@ -45,7 +34,6 @@ class Procrastinate(Peer):
         Raises:
             Unavailable: It is not installed, or fails.
         """
-        _ENVIRONMENT.installation.require()
+        self.environment.installation.require()
         with database(bench) as url:
-            command = [str(_ENVIRONMENT.python), str(WORKERS / "procrastinate_worker.py"), url, str(jobs), str(SAMPLES)]
-            return figures(ask_worker([*command, str(CONCURRENCY)]), jobs, VERSION)
+            return self.ask(url, jobs, CONCURRENCY)
