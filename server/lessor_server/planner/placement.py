@@ -1,29 +1,30 @@
-"""Room on agents, and the best place for each shape.
+"""The best place for each shape.
 
-Each shape keeps a heap of the agents with room for it, best fit first; an agent
-whose room changed is scored again when the shape next has its turn, so a job
-costs what changed since the last job of its shape, not the size of the fleet.
-Within a cycle room only shrinks: a shape that no agent can take is done with.
-Between cycles it is given back.
+Shapes share the orders of :mod:`.order`. A shape for which most of its order
+turns out too small gets a heap of its own, of the agents with room for it, best
+fit first; there an agent whose room changed is scored again when the shape next
+has its turn. Either way a job costs what changed since the last one, not the
+size of the fleet. Within a cycle room only shrinks: a shape that no agent can
+take is done with. Between cycles it is given back.
 """
 
 from __future__ import annotations
 
 import heapq
-from bisect import insort
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence, Set
 
 from lessor_server.domain.shape import Selector, Shape
 from lessor_server.planner.fit import (
     Filter,
     Shortfall,
     hardware_shortfalls,
-    runtime_shortfalls,
     selector_shortfalls,
     without,
 )
-from lessor_server.planner.model import Agent, Gpu
+from lessor_server.planner.model import Agent
+from lessor_server.planner.order import Order, Wanted
 from lessor_server.planner.reasons import PendingReason
+from lessor_server.planner.room import Room
 
 _Entry = tuple[int, int, int, int, int]
 """GPUs, milli-CPUs and bytes left over; number of the agent; version of its room. Smaller is a better fit."""
@@ -31,136 +32,68 @@ _Entry = tuple[int, int, int, int, int]
 _CHANGES_KEPT = 1000
 """At least so many changes of rooms are remembered, and as many as there are rooms; a shape that has missed more is
 ranked anew."""
+_LOOKS_IN_VAIN = 1
+"""So many times the fleet is looked at in vain before a shape gets a heap of its own, which costs one more look."""
 _RANKINGS_KEPT = 20_000
-
-
-class Room:
-    """What is free on one agent that takes jobs."""
-
-    __slots__ = (
-        "_kinds",
-        "agent",
-        "cpu_free",
-        "free_gpus",
-        "gpu_kinds",
-        "make",
-        "memory_free",
-        "number",
-        "offers_left",
-        "version",
-    )
-
-    def __init__(
-        self, agent: Agent, number: int, max_offers: int, make: int, kinds: Mapping[tuple[str, int], int]
-    ) -> None:
-        """``kinds`` is (model, memory in bytes) → kind, of all GPUs of the agent."""
-        self.agent = agent
-        self.number = number
-        """Position in the fleet, by id: what breaks ties."""
-        self.make = make
-        """Agents of one make differ in nothing but id, labels and use."""
-        self.version = 0
-        """Grows with each change."""
-        self.cpu_free = agent.cpu_millis - agent.cpu_millis_used
-        self.memory_free = agent.memory_bytes - agent.memory_bytes_used
-        self.offers_left = max_offers - agent.offers
-        self.free_gpus: list[tuple[int, Gpu]] = sorted(
-            ((kinds[gpu.model, gpu.memory_bytes], gpu) for gpu in agent.gpus if gpu.uuid not in agent.gpus_used),
-            key=_smallest_first,
-        )
-        """(kind, GPU), smallest memory first, then by index."""
-        self.gpu_kinds: dict[int, int] = {}
-        """kind → free GPUs of it."""
-        for kind, _ in self.free_gpus:
-            self.gpu_kinds[kind] = self.gpu_kinds.get(kind, 0) + 1
-        self._kinds = kinds
-
-    def take(self, shape: Shape, kinds: frozenset[int]) -> tuple[str, ...]:
-        """Takes what ``shape`` needs, and returns the UUIDs of its GPUs by index on the host.
-
-        GPUs come from the smallest that do, then by lowest index. The room must suffice.
-        """
-        self.version += 1
-        self.offers_left -= 1
-        self.cpu_free -= shape.cpu_millis
-        self.memory_free -= shape.memory_bytes
-        if not shape.gpu_count:
-            return ()
-        taken: list[Gpu] = []
-        kept: list[tuple[int, Gpu]] = []
-        for item in self.free_gpus:
-            kind, gpu = item
-            if len(taken) < shape.gpu_count and kind in kinds:
-                taken.append(gpu)
-                self.gpu_kinds[kind] -= 1
-            else:
-                kept.append(item)
-        self.free_gpus = kept
-        return tuple(gpu.uuid for gpu in sorted(taken, key=lambda gpu: (gpu.index, gpu.uuid)))
-
-    def give_back(self, shape: Shape, gpu_uuids: Iterable[str]) -> None:
-        """Gives back what :meth:`take` took, but for the offer."""
-        self.version += 1
-        self.cpu_free += shape.cpu_millis
-        self.memory_free += shape.memory_bytes
-        returned = frozenset(gpu_uuids)
-        if not returned:
-            return
-        free = {gpu.uuid for _, gpu in self.free_gpus}
-        for gpu in self.agent.gpus:
-            if gpu.uuid in returned and gpu.uuid not in free:
-                kind = self._kinds[gpu.model, gpu.memory_bytes]
-                insort(self.free_gpus, (kind, gpu), key=_smallest_first)
-                self.gpu_kinds[kind] = self.gpu_kinds.get(kind, 0) + 1
-
-    def answered(self) -> None:
-        """Counts one offer less that waits for the agent's word."""
-        self.version += 1
-        self.offers_left += 1
-
-
-def _smallest_first(item: tuple[int, Gpu]) -> tuple[int, int, str]:
-    _, gpu = item
-    return gpu.memory_bytes, gpu.index, gpu.uuid
+_ENTRIES_KEPT = 2_000_000
+"""Of all orders together."""
 
 
 class Ranking:
     """Agents with room for one shape, best fit first."""
 
-    __slots__ = ("_capable", "_fits_somewhere", "_ground", "_heap", "_mismatched", "_seen", "kinds", "shape")
+    __slots__ = ("_fits_idle", "_ground", "_heap", "_in_vain", "_seen", "_wanted", "kinds", "shape")
 
     def __init__(self, ground: Ground, shape: Shape) -> None:
         self.shape = shape
         self.kinds = ground.kinds_for(shape)
         self._ground = ground
-        self._capable: dict[int, bool] = {}
-        """make → whether its runtimes and hardware do."""
-        self._mismatched = ground.mismatched(shape)
-        self._fits_somewhere: bool | None = None
+        self._wanted = ground.wanted(shape, self.kinds)
+        self._fits_idle: dict[int, bool] = {}
+        """make → whether its hardware does."""
+        self._in_vain = 0
+        self._heap: list[_Entry] | None = None
+        """Its own, while looking along the order is in vain too often."""
         self._seen = 0
-        self._heap: list[_Entry] = []
-        self._score_all()
+
+    def best(self) -> Room | None:
+        """Returns the room to take; None: no agent has room."""
+        if self._heap is not None and self._catch_up():
+            return self._top(self._heap)
+        room, in_vain = self._order.first_fit(self.shape)
+        self._in_vain += in_vain
+        if self._in_vain > _LOOKS_IN_VAIN * len(self._ground.rooms):
+            self._score_all()
+        return room
+
+    @property
+    def _order(self) -> Order:
+        return self._ground.order(self._wanted, self.shape)
 
     def _score_all(self) -> None:
         self._seen = self._ground.changed
         self._heap = [entry for room in self._ground.rooms if (entry := self._entry(room)) is not None]
         heapq.heapify(self._heap)
 
-    def best(self) -> Room | None:
-        """Returns the room to take; None: no agent has room."""
+    def _catch_up(self) -> bool:
+        """Scores the rooms that changed; returns False if there are so many that the heap is given up."""
+        assert self._heap is not None
         ground = self._ground
-        rooms = ground.rooms
-        if self._seen != ground.changed:
-            changes = ground.changes_since(self._seen)
-            if changes is None or len(self._heap) > 4 * len(rooms) + 64:
-                self._score_all()
-            else:
-                for number in changes:
-                    entry = self._entry(rooms[number])
-                    if entry is not None:
-                        heapq.heappush(self._heap, entry)
-                self._seen = ground.changed
-        heap = self._heap
+        if self._seen == ground.changed:
+            return True
+        changes = ground.changes_since(self._seen)
+        if changes is None or len(self._heap) > 4 * len(ground.rooms) + 64:
+            self._heap, self._in_vain = None, 0
+            return False
+        for number in changes:
+            entry = self._entry(ground.rooms[number])
+            if entry is not None:
+                heapq.heappush(self._heap, entry)
+        self._seen = ground.changed
+        return True
+
+    def _top(self, heap: list[_Entry]) -> Room | None:
+        rooms = self._ground.rooms
         while heap:
             best = heap[0]
             if rooms[best[3]].version == best[4]:
@@ -170,27 +103,26 @@ class Ranking:
 
     def took(self, room: Room) -> None:
         """Scores the room that :meth:`best` gave again, after a job of this very shape was placed there."""
-        ground = self._ground
-        if self._seen != ground.changed - 1 or not self._heap or self._heap[0][3] != room.number:
+        heap, changed = self._heap, self._ground.changed
+        if not heap or self._seen != changed - 1 or heap[0][3] != room.number:
             return
         entry = self._entry(room)
         if entry is None:
-            heapq.heappop(self._heap)
+            heapq.heappop(heap)
         else:
-            heapq.heapreplace(self._heap, entry)
-        self._seen = ground.changed
+            heapq.heapreplace(heap, entry)
+        self._seen = changed
 
     def fits_somewhere(self) -> bool:
         """Returns whether some agent that takes jobs would have room when idle."""
-        if self._fits_somewhere is None:
-            self._fits_somewhere = any(self.capable(room) for room in self._ground.rooms)
-        return self._fits_somewhere
+        return any(self._does_idle(make, agent) for make, agent in self._order.makes.items())
 
     def shortfalls(self, room: Room) -> list[Shortfall]:
         """Returns what the room lacks now, of an agent that fits when idle."""
         shape, found = self.shape, []
-        if self._gpus_free(room) < shape.gpu_count:
-            found.append(Shortfall(Filter.GPUS, shape.gpu_count, self._gpus_free(room)))
+        gpus_free = room.gpus_of(self.kinds)
+        if gpus_free < shape.gpu_count:
+            found.append(Shortfall(Filter.GPUS, shape.gpu_count, gpus_free))
         if shape.cpu_millis and room.cpu_free < shape.cpu_millis:
             found.append(Shortfall(Filter.CPU, shape.cpu_millis, max(room.cpu_free, 0)))
         if shape.memory_bytes and room.memory_free < shape.memory_bytes:
@@ -201,20 +133,13 @@ class Ranking:
 
     def capable(self, room: Room) -> bool:
         """Returns whether the room's agent fits when idle."""
-        capable = self._capable.get(room.make)
-        if capable is None:
-            capable = without(runtime_shortfalls(room.agent, self.shape)) and without(
-                hardware_shortfalls(room.agent, self.shape)
-            )
-            self._capable[room.make] = capable
-        return capable and room.number not in self._mismatched
+        return self._order.holds(room) and self._does_idle(room.make, room.agent)
 
-    def _gpus_free(self, room: Room) -> int:
-        free = 0
-        for kind, count in room.gpu_kinds.items():
-            if kind in self.kinds:
-                free += count
-        return free
+    def _does_idle(self, make: int, agent: Agent) -> bool:
+        does = self._fits_idle.get(make)
+        if does is None:
+            does = self._fits_idle[make] = without(hardware_shortfalls(agent, self.shape))
+        return does
 
     def _entry(self, room: Room) -> _Entry | None:
         """Returns the room's place in the heap; None: it cannot take the shape.
@@ -225,7 +150,7 @@ class Ranking:
         if room.offers_left <= 0:
             return None
         if shape.gpu_count:
-            gpus_left = self._gpus_free(room) - shape.gpu_count
+            gpus_left = room.gpus_of(self.kinds) - shape.gpu_count
             if gpus_left < 0:
                 return None
         else:
@@ -236,7 +161,7 @@ class Ranking:
             return None
         if shape.memory_bytes and room.memory_free < shape.memory_bytes:
             return None
-        if not self.capable(room):
+        if not self._order.holds(room):
             return None
         cpu_left, memory_left = room.cpu_free - shape.cpu_millis, room.memory_free - shape.memory_bytes
         return (gpus_left, cpu_left, memory_left, room.number, room.version)
@@ -255,6 +180,9 @@ class Ground:
         self._makes: dict[object, int] = {}
         self._mismatches: dict[tuple[Selector, ...], frozenset[int]] = {}
         self._rankings: dict[int, Ranking] = {}
+        self._wanted: dict[Wanted, int] = {}
+        """Kind of agent → its number."""
+        self._orders: dict[int, Order] = {}
         self._changes: list[int] = []
         """Numbers of the rooms that changed, in order; the oldest may be left out."""
         self._forgotten = 0
@@ -282,16 +210,38 @@ class Ground:
             ranking = self._rankings[shape_id] = Ranking(self, shape)
         return ranking
 
+    def wanted(self, shape: Shape, gpu_kinds: frozenset[int]) -> int:
+        """Returns the number of the kind of agent that ``shape`` asks for."""
+        wanted = Wanted(
+            shape.runtime,
+            shape.needs_user,
+            shape.max_heartbeat_ms,
+            shape.selectors,
+            gpu_kinds if shape.gpu_count else None,
+        )
+        return self._wanted.setdefault(wanted, len(self._wanted))
+
+    def order(self, wanted: int, shape: Shape) -> Order:
+        """Returns the order of the agents that ``shape``, and all that wants the same kind, may be placed on."""
+        order = self._orders.get(wanted)
+        if order is None:
+            if self._orders and len(self._orders) * len(self.rooms) >= _ENTRIES_KEPT:
+                del self._orders[next(iter(self._orders))]
+            gpu_kinds = self.kinds_for(shape) if shape.gpu_count else None
+            order = self._orders[wanted] = Order(self, gpu_kinds, shape, self.mismatched(shape))
+        return order
+
     def retire(self) -> None:
-        """Lets go of the rankings, which know their ground: without them it is freed as soon as nobody uses it."""
+        """Lets go of what knows its ground: without it that is freed as soon as nobody uses it."""
         self._rankings.clear()
+        self._orders.clear()
 
     @property
     def changed(self) -> int:
         """How many changes of rooms there were."""
         return self._forgotten + len(self._changes)
 
-    def changes_since(self, count: int) -> Iterable[int] | None:
+    def changes_since(self, count: int) -> Set[int] | Sequence[int] | None:
         """Returns the numbers of the rooms that changed since :attr:`changed` was ``count``; None: too long ago."""
         if count < self._forgotten:
             return None

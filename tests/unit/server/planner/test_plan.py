@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from lessor_server.domain.shape import Selector, SelectorOperator
+from lessor_server.domain.shape import Selector, SelectorOperator, Shape
 from lessor_server.planner import placement
 from lessor_server.planner.cycle import plan
 from lessor_server.planner.model import Agent, Candidate, Gpu, Group, Plan, Policy, Queue
+from lessor_server.planner.order import Order
 from lessor_server.planner.reasons import PendingReason
+from lessor_server.planner.room import Room
 from tests.unit.server.planner.worlds import A100, GIB, H200, make_agent, make_gpus, make_group, make_shape
 
 QUEUE = Queue(1, "default")
@@ -199,24 +202,53 @@ def test_broken_input_crashes_loudly() -> None:
         make_agent("a1", make_gpus("x", 1) * 2)
 
 
-def test_a_cycle_costs_by_shape_and_by_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    scored = 0
-    score = placement.Ranking._entry  # noqa: SLF001 - counting the work is what this test is for
+@pytest.fixture
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names the place of each look at a room, by an order or by a shape's own heap, as it is taken."""
+    looks: list[str] = []
+    for name, place in (("order", Order), ("heap", placement.Ranking)):
+        entry = place._entry  # noqa: SLF001 - to count the work is what for
 
-    def counted(self: placement.Ranking, room: placement.Room) -> tuple[int, int, int, int, int] | None:
-        nonlocal scored
-        scored += 1
-        return score(self, room)
+        def counted(self: Any, room: Room, name: str = name, entry: Any = entry) -> Any:
+            looks.append(name)
+            return entry(self, room)
 
-    monkeypatch.setattr(placement.Ranking, "_entry", counted)
+        monkeypatch.setattr(place, "_entry", counted)
+    return looks
+
+
+def test_a_cycle_costs_by_change_not_by_job_nor_by_shape(looked_at: list[str]) -> None:
     fleet = [make_agent(f"a{number:03}", 8, cpu_millis=200_000) for number in range(100)]
     groups = [
-        make_group(make_shape(1, memory_bytes=shape_id), *range(shape_id, 10_001, 10), shape_id=shape_id)
-        for shape_id in range(1, 11)
+        make_group(make_shape(1, memory_bytes=shape_id), *range(shape_id, 10_001, 100), shape_id=shape_id)
+        for shape_id in range(1, 101)
     ]
     result = planned(fleet, *groups)
     assert len(result.grants) == 800
     assert sum(unplaced.waiting for unplaced in result.unplaced) == 9200
-    # Each shape scores the fleet once, then what changed since its last turn;
-    # scoring the fleet for each job would be a million.
-    assert scored <= 10 * 100 + 800 * 10
+    # The fleet is sorted once for all shapes, then each grant moves one room. To
+    # look at the fleet for each job would be a million, for each shape 10,000.
+    assert len(looked_at) <= 100 + 800
+
+
+def test_a_shape_that_looks_in_vain_gets_a_heap_of_its_own(
+    looked_at: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All but ten have many CPUs left and little memory: they come first in the order, each with CPUs of its own.
+    fleet = [make_agent(f"a{number:03}", cpu_millis=20_000 + number, memory_bytes=GIB) for number in range(990)]
+    fleet += [make_agent(f"b{number:03}", cpu_millis=900_000, memory_bytes=64 * GIB) for number in range(10)]
+    in_vain = 0
+    first_fit = Order.first_fit
+
+    def counted(self: Order, shape: Shape) -> tuple[Room | None, int]:
+        nonlocal in_vain
+        room, vain = first_fit(self, shape)
+        in_vain += vain
+        return room, vain
+
+    monkeypatch.setattr(Order, "first_fit", counted)
+    result = planned(fleet, make_group(make_shape(memory_bytes=2 * GIB), *range(1, 301)))
+    assert len(result.grants) == 300
+    assert in_vain <= 2 * 1000
+    assert looked_at.count("heap") <= 1000 + 300
+    assert looked_at.count("order") <= 1000 + 300
