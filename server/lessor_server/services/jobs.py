@@ -27,6 +27,9 @@ _MAX_BATCH_BYTES = 16 << 20
 
 _REMEMBERED_TERMS = 4096
 
+_GATHER_S = 0.004
+"""A commit of one small request takes the database and this process half a millisecond, one more in it a tenth."""
+
 _LARGE_JOBS = 100
 """A request of so many jobs takes some 2 ms of the database."""
 
@@ -47,14 +50,15 @@ class Jobs:
         self._stored_terms: dict[Terms, JobTerms] = {}
         # One worker each: what comes in during a commit rides the next one. A large request takes
         # as long as hundreds of small ones, which are not to wait for it.
-        self._submits = self._committed_by("submit")
+        self._submits = self._committed_by("submit", gather_s=_GATHER_S)
         self._large_submits = self._committed_by("large submit")
 
-    def _committed_by(self, name: str) -> GroupCommit[Request, Submitted]:
+    def _committed_by(self, name: str, gather_s: float = 0.0) -> GroupCommit[Request, Submitted]:
         return GroupCommit(
             name,
             self._flush_submits,
             max_items=1000,
+            gather_s=gather_s,
             weight=_bytes_of,
             max_weight=_MAX_BATCH_BYTES,
         )

@@ -2,8 +2,9 @@
 
 Callers hand over items and get futures; a fixed worker takes whatever has come
 in while the last batch was being committed, so that an idle system adds no
-delay and a busy one fills its batches. A caller that goes away cancels nothing:
-the commit is the worker's.
+delay and a busy one fills its batches. Where the cost of a commit matters more
+than a few milliseconds of it, a busy worker also waits for who is on the way.
+A caller that goes away cancels nothing: the commit is the worker's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+Pause = Callable[[float], Awaitable[None]]
+
+_MANY = 4
+"""Callers in one batch from which on more are taken to be on their way."""
+_GATHERING_STEPS = 4
 
 Flush = Callable[[Sequence[Item]], Awaitable[Sequence[Result | Exception]]]
 """Commits a batch and returns per item, in order, its result or why it is refused. All or nothing."""
@@ -51,8 +58,10 @@ class GroupCommit(Generic[Item, Result]):
         *,
         max_items: int,
         linger_s: float = 0.0,
+        gather_s: float = 0.0,
         weight: Callable[[Item], int] | None = None,
         max_weight: int = 0,
+        pause: Pause = asyncio.sleep,
     ) -> None:
         """
         Args:
@@ -60,15 +69,21 @@ class GroupCommit(Generic[Item, Result]):
             flush: Commits one batch.
             max_items: Most items of a batch.
             linger_s: Wait this long after the first item of a batch, in seconds.
+            gather_s: After a batch of many callers, wait up to so long while more keep coming, in seconds.
             weight: Size of an item, for ``max_weight``.
             max_weight: Most weight of a batch; a heavier item goes alone.
+            pause: Waits, in seconds.
         """
         self._name = name
         self._flush = flush
         self._max_items = max_items
         self._linger_s = linger_s
+        self._gather_s = gather_s
         self._weight = weight
         self._max_weight = max_weight
+        self._pause = pause
+        self._callers = 0
+        """Of the last batch."""
         self._queue: deque[_Handed[Item]] = deque()
         self._work = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
@@ -140,9 +155,22 @@ class GroupCommit(Generic[Item, Result]):
                 self._work.clear()
                 continue
             # At least one turn of the loop: what is ready to be handed over then rides along at no delay.
-            await asyncio.sleep(0 if self._closing else self._linger_s)
+            await self._pause(0 if self._closing else self._linger_s)
+            if self._gather_s and self._callers >= _MANY:
+                await self._gather()
             if batch := self._take():
+                self._callers = len(batch)
                 await self._commit(batch)
+
+    async def _gather(self) -> None:
+        """Waits while callers keep coming. Each is answered a little later, and the same work commits more of them."""
+        for _ in range(_GATHERING_STEPS):
+            before = len(self._queue)
+            if self._closing:
+                return
+            await self._pause(self._gather_s / _GATHERING_STEPS)
+            if len(self._queue) == before:
+                return
 
     def _take(self) -> list[_Handed[Item]]:
         batch: list[_Handed[Item]] = []

@@ -47,6 +47,65 @@ async def test_what_comes_in_during_a_commit_rides_the_next() -> None:
     await commit.close()
 
 
+class Pauses:
+    """Pauses that end at once; in each, as many callers come as is said."""
+
+    def __init__(self, *coming: int) -> None:
+        self.coming = list(coming)
+        self.commit: GroupCommit[int, int]
+        self.waited_s: list[float] = []
+        self.futures: list[asyncio.Future[int]] = []
+
+    async def __call__(self, seconds: float) -> None:
+        await asyncio.sleep(0)
+        if seconds:
+            self.waited_s.append(seconds)
+            self.futures += [self.commit.submit(0) for _ in range(self.coming.pop(0) if self.coming else 0)]
+
+
+def gathering(sink: Sink, pauses: Pauses) -> GroupCommit[int, int]:
+    pauses.commit = GroupCommit("test", sink.flush, max_items=100, gather_s=0.004, pause=pauses)
+    return pauses.commit
+
+
+async def test_after_a_batch_of_many_callers_those_on_their_way_are_waited_for() -> None:
+    sink, pauses = Sink(), Pauses(3, 2, 0, 9)
+    commit = gathering(sink, pauses)
+    first = [commit.submit(n) for n in range(4)]
+    commit.start()
+    await asyncio.gather(*first)
+    assert pauses.waited_s == []
+    assert await commit.submit(1) == 2
+    # It took the five that came, and stopped waiting when none came.
+    assert [len(batch) for batch in sink.batches] == [4, 6]
+    assert pauses.waited_s == [0.001] * 3
+    await asyncio.gather(*pauses.futures)
+    await commit.close()
+
+
+async def test_callers_who_keep_coming_are_not_waited_for_without_end() -> None:
+    sink, pauses = Sink(), Pauses(*[1] * 100)
+    commit = gathering(sink, pauses)
+    first = [commit.submit(n) for n in range(4)]
+    commit.start()
+    await asyncio.gather(*first)
+    await commit.submit(1)
+    assert len(sink.batches[1]) == 5
+    assert sum(pauses.waited_s) == pytest.approx(0.004)
+    pauses.coming.clear()
+    await commit.close()
+
+
+async def test_few_callers_never_wait_for_others() -> None:
+    sink, pauses = Sink(), Pauses(*[1] * 100)
+    commit = gathering(sink, pauses)
+    commit.start()
+    for _ in range(3):
+        await asyncio.gather(*(commit.submit(n) for n in range(3)))
+    assert pauses.waited_s == []
+    await commit.close()
+
+
 async def test_a_bad_item_fails_alone() -> None:
     sink = Sink()
     commit: GroupCommit[int, int] = GroupCommit("test", sink.flush, max_items=100)
