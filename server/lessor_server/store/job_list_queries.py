@@ -7,7 +7,7 @@ seconds where a walk along an index takes a millisecond.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -38,8 +38,8 @@ from lessor_server.domain.states import TERMINAL, JobState
 from lessor_server.store import tables as t
 from lessor_server.store.database import Database
 from lessor_server.store.job_queries import final_state_of, state_of
-from lessor_server.store.partitions import first_job_at
-from lessor_server.store.reads import read_rows
+from lessor_server.store.partitions import day_of, day_of_job, first_job_at, job_bounds
+from lessor_server.store.reads import of_some_days, rows_within
 
 MAX_EXAMINED = 5_000
 """Jobs that one call of :func:`find_jobs` looks at, at most, per table."""
@@ -54,6 +54,8 @@ _DAWN, _DUSK = datetime(1970, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC
 """No job is submitted outside of these; times beyond them have no job number."""
 
 _FIRST, _BEYOND = 0, (1 << 63) - 1
+
+_WEEK = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,7 @@ class Found:
 
 def _bounds(column: ColumnElement[int]) -> ColumnElement[bool]:
     return and_(
+        of_some_days(column),
         column < bindparam("before", type_=BigInteger),
         column >= bindparam("lowest", type_=BigInteger),
     )
@@ -225,7 +228,7 @@ def _places_walked(kind: FilterKind) -> tuple[CTE, list[ColumnElement[bool]]]:
 
 @cache
 def find_query(kind: FilterKind) -> CompoundSelect[Any]:
-    """The statement of :func:`find_jobs` for one kind of filter.
+    """The statement of :func:`find_jobs` for one kind of filter, for one span of days.
 
     It walks the ids of the driving tables, newest first, ``examine`` at most, and
     stops when ``wanted`` of them pass. Its last row (id NULL) tells how far the
@@ -276,17 +279,46 @@ def query_for(wanted: JobFilter) -> CompoundSelect[Any]:
     return find_query(wanted.kind)
 
 
-async def find_jobs(database: Database, wanted: JobFilter, before: int | None, page_size: int) -> Found:
+async def find_jobs(
+    database: Database, wanted: JobFilter, before: int | None, page_size: int, now: datetime | None = None
+) -> Found:
     """Returns the numbers of the newest jobs that match, at most ``page_size`` (>= 1), older than ``before``.
 
     Looks at a bounded number of jobs: the page may be short, even empty, while
-    there is more to look at.
+    there is more to look at. Each span of days that it has to look at is a
+    snapshot of its own. ``now`` is where most lists begin; None: this host's clock.
     """
     parameters = find_parameters(wanted, before, page_size)
-    found = await read_rows(database, query_for(wanted), parameters)
-    numbers = sorted((row[0] for row in found if row[0] is not None), reverse=True)
-    if len(numbers) > page_size:
-        return Found(numbers[:page_size], numbers[page_size - 1])
-    reached, walked = next((row[1], row[2]) for row in found if row[0] is None)
-    walked_all = walked < parameters["examine"]
-    return Found(numbers, None if walked_all else reached)
+    today = day_of(now or datetime.now(UTC))
+    numbers: list[int] = []
+    for first, beyond in _spans(parameters["before"], parameters["lowest"], today):
+        rows = await rows_within(database, query_for(wanted), parameters, first, beyond)
+        numbers += sorted((row[0] for row in rows if row[0] is not None), reverse=True)
+        if len(numbers) > page_size:
+            return Found(numbers[:page_size], numbers[page_size - 1])
+        reached, walked = next((row[1], row[2]) for row in rows if row[0] is None)
+        if walked == parameters["examine"]:
+            return Found(numbers, reached)
+        parameters["examine"] -= walked
+        parameters["wanted"] = page_size + 1 - len(numbers)
+    return Found(numbers, None)
+
+
+def _spans(before: int, lowest: int, today: int) -> Iterator[tuple[int, int]]:
+    """Yields the bounds of spans that together hold all numbers from ``lowest`` to ``before``, newest first.
+
+    First a day, which fills most pages, then a week, then all the rest. A
+    statement is planned for each, so they are whole days: others look at the same.
+    """
+    if before <= lowest:
+        return
+    newest = min(day_of_job(before - 1), today)
+    first, beyond = job_bounds(newest)
+    # Jobs of the days to come, by this clock, are those of a database whose clock is ahead.
+    yield first, beyond if before <= beyond else _BEYOND
+    week_before = job_bounds(newest - _WEEK)[0]
+    for earlier in (week_before, _FIRST):
+        if first <= lowest:
+            return
+        yield earlier, first
+        first = earlier

@@ -5,8 +5,9 @@ waits for cancelled with it, its connection would be left in the middle of an
 answer; so every read runs in a task of its own, to its end.
 
 A statement over all partitions opens every one of them at each execution, and
-takes a hundred times as long to plan as to run. What is asked by number is
-therefore asked of single days (:func:`rows_by_day`).
+takes a hundred times as long to plan as to run; and it is planned again after
+each vacuum. What is asked by number is therefore asked of single days
+(:func:`rows_by_day`), and what is walked, of spans of days (:func:`rows_within`).
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ async def read_rows(
     return await undisturbed(database.look(text, *arguments))
 
 
-# ---------------------------------------------------------------- by number, day by day
+# ---------------------------------------------------------------- of some days
 
 MAX_DAYS = 4
 """Numbers of more days than this are asked for in one statement over all partitions."""
@@ -112,12 +113,12 @@ MAX_DAYS = 4
 Within: TypeAlias = Callable[[ColumnElement[int]], ColumnElement[bool]]
 """Bounds of a column by which a table is partitioned."""
 
-_FIRST_OF_DAY, _NEXT_DAY = "FIRST_OF_DAY", "FIRST_OF_NEXT_DAY"
+_FIRST, _BEYOND = "FIRST_NUMBER", "NUMBER_BEYOND"
 
 
-def of_one_day(column: ColumnElement[int]) -> ColumnElement[bool]:
-    """Bounds that are filled in as literals: the plan is made for the partition of one day alone."""
-    return and_(column >= literal_column(_FIRST_OF_DAY, BigInteger), column < literal_column(_NEXT_DAY, BigInteger))
+def of_some_days(column: ColumnElement[int]) -> ColumnElement[bool]:
+    """Bounds that are filled in as literals: the plan is made for the partitions of these days alone."""
+    return and_(column >= literal_column(_FIRST, BigInteger), column < literal_column(_BEYOND, BigInteger))
 
 
 def of_any_day(column: ColumnElement[int]) -> ColumnElement[bool]:
@@ -134,8 +135,20 @@ def asked_for(column: ColumnElement[int]) -> ColumnElement[bool]:
 
 
 @lru_cache(maxsize=1000)
-def _text_of_day(text: str, first: int, beyond: int) -> str:
-    return text.replace(_NEXT_DAY, str(beyond)).replace(_FIRST_OF_DAY, str(first))
+def _text_within(text: str, first: int, beyond: int) -> str:
+    return text.replace(_BEYOND, str(beyond)).replace(_FIRST, str(first))
+
+
+async def rows_within(
+    database: Database, query: Query, parameters: Mapping[str, Any], first: int, beyond: int
+) -> list[asyncpg.Record]:
+    """Returns the rows of a statement whose bounds are :func:`of_some_days`: the numbers from ``first`` to ``beyond``.
+
+    Raises:
+        DatabaseUnavailable: The connection failed.
+    """
+    text, arguments = _bound(query, parameters)
+    return await undisturbed(database.look(_text_within(text, first, beyond), *arguments))
 
 
 async def rows_by_day(
@@ -151,7 +164,7 @@ async def rows_by_day(
 
     Args:
         database: The store.
-        query: Makes the statement for :func:`of_one_day` or :func:`of_any_day`, each once; it asks for
+        query: Makes the statement for :func:`of_some_days` or :func:`of_any_day`, each once; it asks for
             what is :func:`asked_for`.
         numbers: Of jobs, or of leases.
         day_of: The day of a number's partition.
@@ -171,8 +184,7 @@ async def rows_by_day(
         )
     found: list[asyncpg.Record] = []
     for day, line in days.items():
-        text, arguments = _bound(query(of_one_day), {"numbers": line})
-        found += await undisturbed(database.look(_text_of_day(text, *bounds(day)), *arguments))
+        found += await rows_within(database, query(of_some_days), {"numbers": line}, *bounds(day))
     return found
 
 

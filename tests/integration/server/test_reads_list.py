@@ -19,6 +19,7 @@ from lessor_server.services.job_reader import JobReader
 from lessor_server.store import job_list_queries
 from lessor_server.store.catalog import Catalog
 from lessor_server.store.database import Database
+from lessor_server.store.partitions import ensure_partitions, first_job_at
 from tests.support.rows import Rows, spec
 
 STATES = list(JobState)
@@ -152,6 +153,33 @@ async def test_times_bound_the_list(rows: Rows, reader: JobReader, pool: asyncpg
     assert await every(reader, none) == []
     with pytest.raises(InvalidField, match="submitted_after"):
         await reader.list(ListJobsRequest(submitted_after=Timestamp(seconds=1 << 60)))
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 100])
+@pytest.mark.parametrize("states", [(), (JobState.QUEUED, JobState.FAILED), (JobState.SUCCEEDED,)])
+async def test_pages_go_on_through_days_and_weeks(
+    rows: Rows, reader: JobReader, pool: asyncpg.Pool, states: tuple[JobState, ...], page_size: int
+) -> None:
+    now = datetime.now(UTC)
+    session = await rows.agent("agent-00001")
+    wanted = []
+    # The last is of a database whose clock is ahead of this one's.
+    for index, days in enumerate([-90, -41, -40, -9, -8, -8, -7, -7, -6, -2, -1, -1, 0, 0, 2]):
+        at = now + timedelta(days=days)
+        async with pool.acquire() as connection:
+            await ensure_partitions(connection, at)
+        for state in (JobState.SUCCEEDED, JobState.FAILED if index % 2 else JobState.QUEUED):
+            number = await rows.job(at=at)
+            await place(rows, number, state, session)
+            if not states or state in states:
+                wanted.append(number)
+    request = ListJobsRequest(page_size=page_size, states=[job_pb2.JobState.ValueType(s) for s in states])
+    assert await every(reader, request) == wanted[::-1]
+    request.page_token = ""
+    request.submitted_after.FromDatetime(now - timedelta(days=8, seconds=1))
+    request.submitted_before.FromDatetime(now - timedelta(seconds=1))
+    bounds = first_job_at(now - timedelta(days=8, seconds=1)), first_job_at(now - timedelta(seconds=1))
+    assert await every(reader, request) == [n for n in wanted[::-1] if bounds[0] <= n < bounds[1]]
 
 
 async def test_jobs_of_one_moment_keep_their_order(rows: Rows, reader: JobReader) -> None:

@@ -26,6 +26,7 @@ from lessor_server.store import event_queries, job_queries, log_queries
 from lessor_server.store.catalog import Catalog
 from lessor_server.store.database import SESSION_SETTINGS, Database
 from lessor_server.store.job_list_queries import MAX_EXAMINED, JobFilter, find_jobs
+from lessor_server.store.partitions import day_of_job, partition_name
 from lessor_server.store.reads import MAX_DAYS
 
 DAYS = 5
@@ -249,11 +250,28 @@ async def test_a_list_of_a_time_leaves_out_the_other_days(database: Database, mo
         await find_jobs(database, wanted, None, 10)
     connection = await asyncpg.connect(database.url, server_settings=SESSION_SETTINGS)
     try:
-        ((query, args),) = heard
+        nodes = [node for query, args in heard for node in await plan(connection, query, args)]
+    finally:
+        await connection.close()
+    partitions = {node["Relation Name"] for node in nodes if table_of(node) in PAST}
+    days = [f"_{now - timedelta(days=days):%Y%m%d}" for days in (2, 3)]
+    assert partitions
+    assert all(name.endswith(tuple(days)) for name in partitions)
+
+
+async def test_a_list_is_planned_for_the_day_that_fills_it(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    newest = (await find_jobs(database, JobFilter(), None, 1)).numbers[0]
+    with overheard(monkeypatch) as heard:
+        await find_jobs(database, JobFilter(), newest + 1, 10)
+    ((query, args),) = heard
+    connection = await asyncpg.connect(database.url, server_settings=SESSION_SETTINGS)
+    try:
         nodes = await plan(connection, query, args)
     finally:
         await connection.close()
-    assert sum(node.get("Subplans Removed", 0) for node in nodes) > 5
+    assert {node["Relation Name"] for node in nodes if table_of(node) in PAST} == {
+        partition_name("job", day_of_job(newest))
+    }
 
 
 async def test_a_rare_state_is_found_without_looking_at_the_others(database: Database) -> None:
