@@ -15,7 +15,7 @@ from lessor_server.bells import Bells
 from lessor_server.domain.errors import Contended, InvalidField, JobNotFound, JobNotTerminal, RequestIdReused
 from lessor_server.domain.states import JobState
 from lessor_server.services.lines import Arrival, Lines
-from lessor_server.services.submission import Submission, Submissions, Terms
+from lessor_server.services.submission import REMEMBERED_TERMS, Submission, Submissions, Terms
 from lessor_server.store.catalog import Catalog
 from lessor_server.store.database import Database
 from lessor_server.store.group_commit import GroupCommit
@@ -24,8 +24,6 @@ from lessor_server.store.submit import JobRow, JobTerms, Request, Submitted, sub
 _CANCEL_TRIES = 5
 _MAX_BATCH_BYTES = 16 << 20
 """Most bytes of one statement; a larger request goes alone."""
-
-_REMEMBERED_TERMS = 4096
 
 _GATHER_S = 0.004
 """A commit of one small request takes the database and this process half a millisecond, one more in it a tenth."""
@@ -104,6 +102,8 @@ class Jobs:
         Raises:
             QueueNotFound: A queue does not exist.
         """
+        new = {submission.terms.shape for submission in submissions if submission.terms not in self._stored_terms}
+        await self._catalog.store_shapes(new)
         rows: list[JobRow] = []
         for terms, name, labels_json, spec, dedupe_key in submissions:
             stored = self._stored_terms.get(terms) or await self._store(terms)
@@ -123,7 +123,7 @@ class Jobs:
             backoff_initial_ms=terms.backoff_initial_ms,
             backoff_max_ms=terms.backoff_max_ms,
         )
-        if len(self._stored_terms) >= _REMEMBERED_TERMS:
+        if len(self._stored_terms) >= REMEMBERED_TERMS:
             self._stored_terms.clear()
         self._stored_terms[terms] = stored
         return stored

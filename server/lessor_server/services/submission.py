@@ -32,7 +32,8 @@ MAX_SPEC_BYTES = 1 << 20
 SPECS_PER_SLICE = 250
 """Preparing a spec takes some 10 µs; between slices others on the loop get their turn."""
 
-_REMEMBERED_TERMS = 4096
+REMEMBERED_TERMS = 20_000
+"""Some 2 KB each. To work them out anew takes ten times as long as all else that is done to a spec."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,7 +129,7 @@ class Submissions:
         terms = self._terms.get(key)
         if terms is None:
             terms = _work_out(spec)
-            if len(self._terms) >= _REMEMBERED_TERMS:
+            if len(self._terms) >= REMEMBERED_TERMS:
                 self._terms.clear()
             self._terms[key] = terms
         return terms

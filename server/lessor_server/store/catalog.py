@@ -34,17 +34,26 @@ class Catalog:
 
     async def shape_id(self, shape: Shape) -> int:
         """Returns the number of a shape, which is stored if it is new."""
-        if shape not in self._shape_ids:
-            digest = shape.digest()
-            await self._database.query(
-                "INSERT INTO shape (digest, spec) VALUES ($1, CAST($2 AS jsonb)) ON CONFLICT DO NOTHING",
-                digest,
-                json.dumps(shape.to_json()),
-            )
-            (row,) = await self._database.query("SELECT id FROM shape WHERE digest = $1", digest)
+        await self.store_shapes([shape])
+        return self._shape_ids[shape]
+
+    async def store_shapes(self, shapes: Iterable[Shape]) -> None:
+        """Stores those that are new, in two statements however many there are."""
+        missing = {shape.digest(): shape for shape in shapes if shape not in self._shape_ids}
+        if not missing:
+            return
+        # In order, so that two who store the same ones wait for each other instead of both for both.
+        digests = sorted(missing)
+        await self._database.query(
+            "INSERT INTO shape (digest, spec) SELECT s.digest, CAST(s.spec AS jsonb) "
+            "FROM unnest($1::bytea[], $2::text[]) AS s (digest, spec) ON CONFLICT DO NOTHING",
+            digests,
+            [json.dumps(missing[digest].to_json()) for digest in digests],
+        )
+        for row in await self._database.query("SELECT id, digest FROM shape WHERE digest = ANY($1::bytea[])", digests):
+            shape = missing[row["digest"]]
             self._shape_ids[shape] = row["id"]
             self._shapes[row["id"]] = shape
-        return self._shape_ids[shape]
 
     async def shapes(self, ids: Iterable[int]) -> dict[int, Shape]:
         """Returns shape number → shape."""
