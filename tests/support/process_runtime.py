@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lessor_agent.boottime import NS_PER_MS, boottime_ns
+from lessor_agent.keeper.kernel import IDLE_TITLE
 from lessor_agent.keeper.tree import read_process
 from lessor_agent.runtimes.base import Execution, Exit, RuntimeContext, StartRequest, StopCause
 from lessor_agent.runtimes.process import ProcessRuntime, find_keepers
@@ -88,6 +89,18 @@ def lives(pid: int) -> bool:
     """Whether a process runs; the dead that nobody has reaped do not."""
     process = read_process(pid)
     return process is not None and process.alive
+
+
+def keeper_of(execution: Execution) -> int:
+    """Returns the pid of the keeper that guards an execution, or did."""
+    return int(execution.handle.data["keeper_pid"])
+
+
+async def idle(pid: int) -> None:
+    """Returns once keeper ``pid`` guards nothing, and has said so."""
+    async with asyncio.timeout(20):
+        while Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0") != IDLE_TITLE.rstrip(b"\0"):  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
 
 
 class Fifo:

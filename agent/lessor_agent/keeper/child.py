@@ -1,86 +1,97 @@
-"""The workload's first process: from fork to exec.
+"""The workload's first process, as its keeper sees it: what both ways to start one have in common.
 
-It is forked when the lease is prepared, does all that can fail for reasons of
-the host, and waits for one byte before it becomes the workload. Until that byte
-nothing of the job has run.
+It is prepared before the lease is accepted and started by :meth:`Child.begin`;
+until then nothing of the job runs. Usually there is no process before that
+either: :mod:`.spawned_child` has the C library start one, which copies nothing
+of the keeper. A workload of another user has its process forked in advance
+(:mod:`.forked_child`), because only that user can tell whether it can work here.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
-import resource
-import select
 import signal
-from typing import NamedTuple, NoReturn
+from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 from lessor_agent.keeper.directory import LeaseDirectory
-from lessor_agent.keeper.kernel import die_with_parent, gain_no_privileges
-from lessor_agent.keeper.spec import Identity, KeeperSpec
+from lessor_agent.keeper.spec import KeeperSpec
 
-_READY_TIMEOUT_MS = 10_000
-_REPORT_BYTES = 4096
-_WORKLOAD_UMASK = 0o022
+WORKLOAD_UMASK = 0o022
+
+IGNORED = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGPIPE,
+    signal.SIGTSTP,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+    signal.SIGXFSZ,
+)
+"""What zygote and keeper ignore; a program would inherit it."""
+
+_HOST_LACKS = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
 
 
 class ChildRefused(Exception):
     """The workload's process could not be made ready; it is gone."""
 
 
-class Child(NamedTuple):
-    """A child that waits to begin."""
+class Failure(NamedTuple):
+    """Why the workload's process did not become the workload."""
 
-    pid: int
-    begin_fd: int
-    """One byte written here lets it exec; closing it instead ends it."""
-    report_fd: int
-    """End of file: it has become the workload, or died. Bytes: why it could not."""
+    stage: str
+    code: int
+    """errno; 0: none."""
+    text: str
 
-
-def fork_child(spec: KeeperSpec, directory: LeaseDirectory) -> Child:
-    """Forks the child.
-
-    One that runs as another user is waited for until it has shown that this
-    user can work here; for any other that is not in doubt, and it gets ready
-    while the agent is told.
-
-    Raises:
-        ChildRefused: It cannot work here; the message says why and what to do.
-        OSError: The files cannot be made, or no process can be forked.
-    """
-    outputs = _make_files(spec, directory)
-    keeper_pid = os.getpid()
-    begin_read, begin_write = os.pipe()
-    report_read, report_write = os.pipe()
-    try:
-        pid = os.fork()
-    except OSError:
-        for fd in (begin_read, begin_write, report_read, report_write, *outputs):
-            os.close(fd)
-        raise
-    if pid == 0:
-        _become_workload(spec, keeper_pid, outputs, begin_read, report_write)
-    for fd in (begin_read, report_write, *outputs):
-        os.close(fd)
-    if spec.identity is None:
-        return Child(pid, begin_write, report_read)
-    poll = select.poll()
-    poll.register(report_read, select.POLLIN)
-    report = os.read(report_read, _REPORT_BYTES) if poll.poll(_READY_TIMEOUT_MS) else b""
-    if report == b"ready":
-        return Child(pid, begin_write, report_read)
-    os.close(begin_write)
-    os.close(report_read)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    raise ChildRefused(describe_failure(report, spec) if report else "the workload's process died before it was ready")
+    @property
+    def of_host(self) -> bool:
+        """The host had no process or memory left: another host, or another time, may."""
+        return self.stage == "spawn" and self.code in _HOST_LACKS
 
 
-def describe_failure(report: bytes, spec: KeeperSpec) -> str:
-    """Returns for people why the child could not go on; ``report`` is what it wrote."""
-    data = json.loads(report)
-    stage, code, text = data["stage"], data["errno"], data["text"]
+REVOKED = Failure("revoked", 0, "it was stopped before it began")
+
+
+class Child(ABC):
+    """The process that becomes the workload."""
+
+    ready_fd: int | None = None
+    """Becomes readable when :meth:`outcome` may be known; None: the keeper is woken in another way."""
+
+    @property
+    @abstractmethod
+    def pid(self) -> int | None:
+        """Its process, and the workload's session; None: there is none (yet)."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Lets it become the workload. Called once; it does not wait for that."""
+
+    @abstractmethod
+    def outcome(self) -> Failure | bool:
+        """Returns True once it has become the workload (or was killed on the way), why it did not, or False: not yet.
+
+        Once it is not False any more, no process of this child can come into
+        being.
+        """
+
+    @abstractmethod
+    def revoke(self) -> None:
+        """Stops what is not the workload yet, where no signal could: afterwards :meth:`outcome` may say so."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Closes what this object holds. A process that was not let begin ends."""
+
+
+def describe_failure(failure: Failure, spec: KeeperSpec) -> str:
+    """Returns for people why the child could not go on."""
+    stage, code, text = failure
     program = spec.argv[0]
     if stage == "identity":
         return f"cannot run as user {spec.identity.name if spec.identity else '?'}: {text}"
@@ -91,7 +102,7 @@ def describe_failure(report: bytes, spec: KeeperSpec) -> str:
         )
     if stage == "working directory":
         return f"working directory {spec.working_dir or spec.directory + '/work'}: {text}"
-    if stage != "exec":
+    if stage not in ("exec", "spawn"):
         return f"{stage}: {text}"
     if code == errno.ENOENT:
         if "/" in program:
@@ -106,7 +117,13 @@ def describe_failure(report: bytes, spec: KeeperSpec) -> str:
     return f"cannot run {program}: {text}"
 
 
-def _make_files(spec: KeeperSpec, directory: LeaseDirectory) -> tuple[int, int]:
+def failure_of(stage: str, error: BaseException) -> Failure:
+    """Returns what ``error`` says of ``stage``."""
+    code = error.errno if isinstance(error, OSError) and error.errno else 0
+    return Failure(stage, code, os.strerror(code) if code else f"{type(error).__name__}: {error}"[:1000])
+
+
+def make_files(spec: KeeperSpec, directory: LeaseDirectory) -> tuple[int, int]:
     """Makes output files and working directory, owned by whom the workload runs as; returns stdout and stderr."""
     os.mkdir("work", 0o700, dir_fd=directory.fd)
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
@@ -123,54 +140,8 @@ def _make_files(spec: KeeperSpec, directory: LeaseDirectory) -> tuple[int, int]:
     return stdout, stderr
 
 
-def _become_workload(
-    spec: KeeperSpec, keeper_pid: int, outputs: tuple[int, int], begin_fd: int, report_fd: int
-) -> NoReturn:
-    stage = "start"
-    try:
-        _reset_signals()
-        os.setsid()
-        null = os.open(os.devnull, os.O_RDONLY)
-        for source, target in ((null, 0), (outputs[0], 1), (outputs[1], 2)):
-            os.dup2(source, target)
-        _close_others({0, 1, 2, begin_fd, report_fd})
-        os.umask(_WORKLOAD_UMASK)
-        if spec.open_files is not None:
-            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-            resource.setrlimit(resource.RLIMIT_NOFILE, (spec.open_files, hard))
-        if os.geteuid() != 0:
-            # A process that gained another user could be signalled neither by the keeper nor by the agent.
-            gain_no_privileges()
-        stage = "identity"
-        if spec.identity is not None:
-            _become_user(spec.identity)
-        # After the change of user, which would have undone it.
-        die_with_parent(signal.SIGKILL)
-        if os.getppid() != keeper_pid:
-            os._exit(1)
-        stage = "lease directory"
-        os.close(os.open(f"{spec.directory}/events", os.O_WRONLY | os.O_APPEND))
-        os.chdir(f"{spec.directory}/work")
-        if spec.identity is not None:
-            os.write(report_fd, b"ready")
-        if os.read(begin_fd, 1) != b"B":
-            os._exit(1)
-        os.close(begin_fd)
-        stage = "working directory"
-        if spec.working_dir is not None:
-            os.chdir(spec.working_dir)
-        stage = "exec"
-        os.execvpe(spec.argv[0], spec.argv, spec.env)
-    except BaseException as error:
-        code = error.errno if isinstance(error, OSError) and error.errno else 0
-        text = os.strerror(code) if code else f"{type(error).__name__}: {error}"[:1000]
-        os.write(report_fd, json.dumps({"stage": stage, "errno": code, "text": text}).encode())
-    finally:
-        os._exit(127)
-
-
-def _reset_signals() -> None:
-    """Gives the workload what a shell would: every signal at its default, none blocked."""
+def reset_signals() -> None:
+    """Gives this process, and all that is forked from it, what a shell would: all at their default, none blocked."""
     for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         try:
             signal.signal(signum, signal.SIG_DFL)
@@ -180,17 +151,10 @@ def _reset_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
-def _become_user(identity: Identity) -> None:
-    os.setgroups(identity.groups)
-    os.setresgid(identity.gid, identity.gid, identity.gid)
-    os.setresuid(identity.uid, identity.uid, identity.uid)
-
-
-def _close_others(keep: set[int]) -> None:
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) not in keep:
-            try:
-                os.close(int(name))
-            except OSError:
-                # The descriptor the listing itself used.
-                continue
+def close_all_but(*keep: int) -> None:
+    """Closes every descriptor above standard error but these."""
+    low = 3
+    for fd in sorted(keep):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, max(map(int, os.listdir("/proc/self/fd"))) + 1)

@@ -1,17 +1,21 @@
 """The directory of one lease, ``<state_dir>/leases/<lease_id>/``, and what lies in it.
 
 ======================  =====================================================
-``lock``                held by the keeper (flock) for as long as it lives
-``record``              the deadline (see :mod:`.record`)
+``record``              the deadline, and whether the workload was let run (see :mod:`.record`): that it was not, with
+                        a free lock, proves that it never ran. The keeper holds its lock (flock) while it guards the
+                        lease, so it is never replaced. Behind these, how it ended: written whole, before the lock is
+                        let go
 ``control``             the keeper's unix socket
-``begun``               written before the workload may run; its absence with a free lock proves that it never did
-``outcome``             how it ended; written whole, before the lock is let go
 ``stdout`` ``stderr``   the workload's output
 ``events``              the workload's events, JSON lines
 ``cancel``              made when the workload is asked to stop
 ``work``                the workload's working directory, unless the job names one
-``keeper.log``          what went wrong in the keeper itself; normally empty
+``keeper.log``          what went wrong in the keeper itself; normally there is none
 ======================  =====================================================
+
+There are no more files than are needed: a file system may take longer to make
+one than the host for all else that a short job needs (ext4 without a journal
+does, where many were removed in the last minutes).
 
 The keeper works through a descriptor of the directory, the agent through its
 path: a keeper whose directory was deleted goes on and can be found in /proc.
@@ -27,11 +31,16 @@ import os
 import socket
 import stat
 import struct
+import zlib
 from typing import NamedTuple
 
-from lessor_agent.keeper.record import DeadlineRecord, write_record
+from lessor_agent.keeper.record import DeadlineRecord, read_begun, write_record
 
+_OUTCOME_AT = 4096
 _OUTCOME_BYTES = 16384
+"""Where in the record the outcome stands, and the room it has: a header, and JSON."""
+_OUTCOME_HEADER = struct.Struct("=II")
+"""Length and checksum of the JSON; all zero until it is there."""
 _MAX_ERROR_CHARS = 1000
 _PEER = struct.Struct("=iII")
 _OWNER_ONLY = 0o600
@@ -72,15 +81,6 @@ class Outcome(NamedTuple):
             raise ValueError(f"not an outcome: {error}") from None
 
 
-class Begun(NamedTuple):
-    """What the keeper notes before the workload may run."""
-
-    pid: int
-    """The workload's main process, and its session."""
-    started_at_ns: int
-    """Unix nanoseconds."""
-
-
 class LeaseDirectory:
     """A lease's directory, held open. Closing lets go of the lock as well."""
 
@@ -119,7 +119,7 @@ class LeaseDirectory:
         Raises:
             LockTaken: A keeper holds it, or the directory was removed meanwhile.
         """
-        fd = self.open_file("lock", os.O_RDWR | os.O_CREAT)
+        fd = self.open_file("record", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -133,7 +133,7 @@ class LeaseDirectory:
     def locked(self) -> bool:
         """Returns whether a keeper lives, or one is just beginning or ending."""
         try:
-            fd = self.open_file("lock", os.O_RDWR)
+            fd = self.open_file("record", os.O_RDWR)
         except FileNotFoundError:
             return False
         try:
@@ -146,26 +146,22 @@ class LeaseDirectory:
 
     # -- the deadline ------------------------------------------------------
 
-    def make_record(self, boot_id: str, deadline_ns: int) -> DeadlineRecord:
-        """Maps the record, making it first where there is none; an existing one is renewed to ``deadline_ns``.
+    def make_record(self, boot_id: str, deadline_ns: int) -> None:
+        """Makes the record where there is none; an existing one is renewed to ``deadline_ns``.
 
-        Never replaces a record of this boot: a keeper may already look at it.
+        One that is not to be trusted (of an earlier boot, say) is made anew in its place.
         """
+        fd = self.open_file("record", os.O_RDWR | os.O_CREAT)
         try:
-            record = self.map_record(boot_id)
-        except (FileNotFoundError, ValueError):
-            record = None
-        if record is not None and record.deadline_ns():
-            record.renew(deadline_ns)
-            return record
-        if record is not None:
-            record.close()
-        temporary = "record.new"
-        fd = self.open_file(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        try:
+            if os.fstat(fd).st_size:
+                with (
+                    contextlib.suppress(ValueError),
+                    contextlib.closing(DeadlineRecord(fd, self.lease_id, boot_id)) as record,
+                ):
+                    if record.deadline_ns():
+                        record.renew(deadline_ns)
+                        return
             write_record(fd, self.lease_id, boot_id, deadline_ns)
-            os.rename(temporary, "record", src_dir_fd=self.fd, dst_dir_fd=self.fd)
-            return DeadlineRecord(fd, self.lease_id, boot_id)
         finally:
             os.close(fd)
 
@@ -184,27 +180,25 @@ class LeaseDirectory:
 
     # -- begin and end -----------------------------------------------------
 
-    def write_begun(self, begun: Begun) -> None:
-        """Notes that the workload may run from now on. Not synced: it means nothing after a reboot."""
-        fd = self.open_file("begun.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    def read_begun(self) -> int | None:
+        """Returns when the workload was let run, in Unix nanoseconds, as its keeper noted; None: never."""
         try:
-            os.write(fd, json.dumps(begun._asdict()).encode())
+            fd = self.open_file("record", os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        try:
+            return read_begun(fd)
         finally:
             os.close(fd)
-        os.rename("begun.new", "begun", src_dir_fd=self.fd, dst_dir_fd=self.fd)
-
-    def read_begun(self) -> Begun | None:
-        """Returns what :meth:`write_begun` noted, or None if the workload was never let run."""
-        data = self._read_json("begun")
-        return None if data is None else Begun(int(str(data["pid"])), int(str(data["started_at_ns"])))
 
     def reserve_outcome(self) -> None:
         """Takes the room the outcome will need, so that a full disk cannot lose it."""
-        self._outcome_fd = self.open_file("outcome.new", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        os.pwrite(self._outcome_fd, b" " * _OUTCOME_BYTES, 0)
+        self._outcome_fd = self.open_file("record", os.O_RDWR | os.O_CREAT)
+        if os.fstat(self._outcome_fd).st_size < _OUTCOME_AT + _OUTCOME_BYTES:
+            os.pwrite(self._outcome_fd, bytes(_OUTCOME_BYTES), _OUTCOME_AT)
 
     def write_outcome(self, outcome: Outcome) -> None:
-        """Stores the outcome durably: after this returns it is there after any crash, or nothing of it is.
+        """Stores the outcome durably: after this returns it is there after any crash; half of it is none.
 
         Raises:
             OSError: It could not be stored.
@@ -212,28 +206,33 @@ class LeaseDirectory:
         if self._outcome_fd < 0:
             self.reserve_outcome()
         text = json.dumps(outcome.to_json()).encode()
-        os.pwrite(self._outcome_fd, text.ljust(_OUTCOME_BYTES, b" "), 0)
+        os.pwrite(self._outcome_fd, _OUTCOME_HEADER.pack(len(text), zlib.crc32(text)) + text, _OUTCOME_AT)
         os.fsync(self._outcome_fd)
-        os.rename("outcome.new", "outcome", src_dir_fd=self.fd, dst_dir_fd=self.fd)
         os.fsync(self.fd)
         os.close(self._outcome_fd)
         self._outcome_fd = -1
 
     def read_outcome(self) -> Outcome | None:
-        """Returns the stored outcome, or None."""
-        data = self._read_json("outcome")
-        return None if data is None else Outcome.from_json(data)
+        """Returns the stored outcome, or None.
 
-    def _read_json(self, name: str) -> dict[str, object] | None:
+        Raises:
+            ValueError: It is damaged.
+        """
         try:
-            fd = self.open_file(name, os.O_RDONLY)
+            fd = self.open_file("record", os.O_RDONLY)
         except FileNotFoundError:
             return None
-        with open(fd, encoding="utf-8") as file:
-            data = json.load(file)
-        if not isinstance(data, dict):
-            raise ValueError(f"{self.path}/{name} is damaged")
-        return data
+        try:
+            image = os.pread(fd, _OUTCOME_BYTES, _OUTCOME_AT)
+        finally:
+            os.close(fd)
+        if not any(image[: _OUTCOME_HEADER.size]):
+            return None
+        length, checksum = _OUTCOME_HEADER.unpack(image[: _OUTCOME_HEADER.size].ljust(_OUTCOME_HEADER.size, b"\0"))
+        text = image[_OUTCOME_HEADER.size : _OUTCOME_HEADER.size + length]
+        if len(text) < length or zlib.crc32(text) != checksum:
+            raise ValueError(f"the outcome in {self.path}/record is damaged")
+        return Outcome.from_json(json.loads(text))
 
     # -- the control socket ------------------------------------------------
 

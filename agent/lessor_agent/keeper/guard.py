@@ -1,24 +1,22 @@
-"""The keeper's own program: guards one lease from prepare to the end of its tree, then exits.
+"""The guard of one lease: from prepare to the end of its tree.
 
-One thread, one poll loop. It is woken by the death of a child, by the agent, by
-the workload's exec, and by the clock: at the next moment something is due, and
-at least every 500 ms, because a poll does not count the time a host is
-suspended and the deadline does.
+One poll loop, and a second thread only while the workload is being started (see
+:mod:`.spawned_child`). It is woken by the death of a child, by the agent, by the
+workload's exec, and by the clock: at the next moment something is due, and at
+least every 500 ms, because a poll does not count the time a host is suspended
+and the deadline does.
 
 Protocol on the control socket, JSON lines. Agent: ``{"op": "begin"}``,
 ``{"op": "stop", "cause", "grace_ms"}``. Keeper, at connect and at each change:
 ``{"state": "prepared" | "running" | "ended", "pid", "started_at_ns",
 "record_fd", "outcome"}``. Several agents may be connected; each has equal say.
-
-SIGTERM, SIGINT, SIGHUP, SIGQUIT and the job-control signals to the keeper itself are
-ignored: stopping an agent's service must not stop its jobs. SIGKILL ends the
-workload's main process with it; agent or zygote end the rest.
+The outcome is told, and then hung up, when the lease is guarded no more: the
+tree is gone, the outcome stored (unless the disk is full), the lock free.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import select
@@ -27,110 +25,42 @@ import socket
 import time
 
 from lessor_agent.boottime import NS_PER_MS, boottime_ns
-from lessor_agent.keeper.child import Child, ChildRefused, describe_failure, fork_child
-from lessor_agent.keeper.directory import Begun, LeaseDirectory, LockTaken, Outcome, listen_homeless, peer
-from lessor_agent.keeper.kernel import become_subreaper, keeper_title, set_title
+from lessor_agent.keeper.child import REVOKED, Child, Failure, describe_failure
+from lessor_agent.keeper.directory import LeaseDirectory, Outcome, peer
+from lessor_agent.keeper.kernel import LEAVING_TITLE, set_title
 from lessor_agent.keeper.record import DeadlineRecord
+from lessor_agent.keeper.spawned_child import SpawnedChild
 from lessor_agent.keeper.spec import KeeperSpec
 from lessor_agent.keeper.tree import Process, all_processes, below, freeze_and_kill, terminate
-from lessor_agent.keeper.verdict import LEFTOVER_GRACE_NS, Step, judge
+from lessor_agent.keeper.verdict import KEEPER_DIED, LEFTOVER_GRACE_NS, Step, judge
 
 _MAX_POLL_MS = 500
 _KILL_POLL_MS = (5, 200)
 """Between rounds of killing: at first, and at most, when something cannot die yet."""
 _READ_BYTES = 1 << 16
 _MAX_LINE_BYTES = 1 << 16
-_IGNORED = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGHUP,
-    signal.SIGQUIT,
-    signal.SIGPIPE,
-    signal.SIGTSTP,
-    signal.SIGTTIN,
-    signal.SIGTTOU,
-)
 
 
-def keep(spec: KeeperSpec, ready_fd: int) -> None:
-    """Guards one lease. Returns when its tree is gone and its outcome is stored.
+class Wakes:
+    """A pipe that becomes readable when a child dies, or when :meth:`ring` was called, in whatever thread."""
 
-    Tells over ``ready_fd`` whether it stands (``{}``) or why not (``{"error",
-    "taken"}``), once, and closes it.
-    """
-    try:
-        keeper = _prepare(spec, ready_fd)
-    except LockTaken as error:
-        _report(ready_fd, {"error": str(error), "taken": True})
-        return
-    except FileNotFoundError as error:
-        # Somebody else is removing the directory; whoever asked looks again.
-        _report(ready_fd, {"error": f"{spec.directory}: {error.strerror}", "taken": True})
-        return
-    except ChildRefused as error:
-        _report(ready_fd, {"error": str(error)})
-        return
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        _report(ready_fd, {"error": f"cannot prepare lease {spec.lease_id} in {spec.directory}: {reason}"})
-        return
-    _report(ready_fd, {})
-    keeper.run()
+    def __init__(self) -> None:
+        self.fd, self._write_fd = os.pipe()
+        for fd in (self.fd, self._write_fd):
+            os.set_blocking(fd, False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
 
+    def ring(self) -> None:
+        """Wakes the keeper; of many rings at once it may hear one."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._write_fd, b"\0")
 
-def _report(fd: int, report: dict[str, object]) -> None:
-    # The zygote may be gone with its agent; whoever comes next finds this keeper by its lock.
-    with contextlib.suppress(BrokenPipeError):
-        os.write(fd, json.dumps(report).encode())
-    os.close(fd)
-
-
-def _prepare(spec: KeeperSpec, ready_fd: int) -> Keeper:
-    for signum in _IGNORED:
-        signal.signal(signum, signal.SIG_IGN)
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) > 2 and int(name) != ready_fd:
-            try:
-                os.close(int(name))
-            except OSError:
-                # The descriptor the listing itself used.
-                continue
-    gc.enable()
-    os.setsid()
-    os.umask(0o077)
-    set_title(keeper_title(spec.lease_id, spec.state_dir), b"lessor-keeper")
-    become_subreaper()
-    directory = LeaseDirectory(spec.directory, spec.lease_id)
-    try:
-        return _take_guard(spec, directory)
-    except BaseException:
-        # The lock goes before the word does: whoever hears it may start over or clean up at once.
-        directory.close()
-        raise
-
-
-def _take_guard(spec: KeeperSpec, directory: LeaseDirectory) -> Keeper:
-    directory.lock()
-    log = directory.open_file("keeper.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    null = os.open(os.devnull, os.O_RDWR)
-    for source, target in ((null, 0), (null, 1), (log, 2)):
-        os.dup2(source, target)
-    os.close(log)
-    os.close(null)
-    os.chdir("/")
-    directory.reserve_outcome()
-    record_fd = directory.open_file("record", os.O_RDWR)
-    record = DeadlineRecord(record_fd, spec.lease_id, spec.boot_id)
-    wake_fd, write_fd = os.pipe()
-    for fd in (wake_fd, write_fd):
-        os.set_blocking(fd, False)
-    child = fork_child(spec, directory)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-    listeners = [directory.listen()]
-    if (homeless := listen_homeless()) is not None:
-        listeners.append(homeless)
-    return Keeper(spec, directory, record, record_fd, child, wake_fd, listeners)
+    def drain(self) -> None:
+        """Forgets what was rung so far."""
+        with contextlib.suppress(BlockingIOError):
+            while len(os.read(self.fd, 512)) == 512:
+                pass
 
 
 class Keeper:
@@ -143,7 +73,7 @@ class Keeper:
         record: DeadlineRecord,
         record_fd: int,
         child: Child,
-        wake_fd: int,
+        wakes: Wakes,
         listeners: list[socket.socket],
     ) -> None:
         self._spec = spec
@@ -151,44 +81,62 @@ class Keeper:
         self._record = record
         self._record_fd = record_fd
         self._child = child
-        self._report_fd: int | None = child.report_fd
-        self._wake_fd = wake_fd
+        self._wakes = wakes
         self._listeners = {listener.fileno(): listener for listener in listeners}
         self._clients: dict[int, tuple[socket.socket, bytearray]] = {}
         self._poll = select.poll()
-        for fd in (wake_fd, child.report_fd, *self._listeners):
+        for fd in (wakes.fd, *self._listeners):
             self._poll.register(fd, select.POLLIN)
 
         self._state = "prepared"
-        self._begun: Begun | None = None
+        self._begun_at_ns: int | None = None
+        """When the workload was let run, Unix nanoseconds."""
+        self._starting = False
+        """It was let run, and is not known to run, or not to."""
+        self._strangers: dict[int, int] = {}
+        """Pid → status of children that were buried while the workload's own pid was not known."""
         self._run_until_ns: int | None = None
         self._main_status: int | None = None
         self._start_error: str | None = None
         self._cause: str | None = None
         self._kill_at_ns: int | None = None
         self._killing = False
+        self._unasked = False
+        """A stop was asked for while the workload's process was just being made, which could not hear it."""
         self._leftovers_due = False
         """The main process ended by itself and what it left behind was not asked to go yet."""
         self._kill_poll_ms = _KILL_POLL_MS[0]
+        self._ended: Outcome | None = None
+        self._stored = False
+        self._dropped = False
+        """An agent was hung up on before it was told the end."""
 
     def run(self) -> None:
-        """Guards until the whole tree is gone, then stores and tells the outcome."""
-        while not self._reap():
+        """Guards until the whole tree is gone, then stores the outcome; :meth:`let_go` must follow, and tells it."""
+        while not self._over():
             for fd, _ in self._poll.poll(self._act()):
-                if fd == self._wake_fd:
-                    self._drain_wakes()
-                elif fd == self._report_fd:
-                    self._read_report()
+                if fd == self._wakes.fd:
+                    self._wakes.drain()
                 elif fd in self._listeners:
                     self._accept(self._listeners[fd])
                 elif fd in self._clients:
                     self._read_client(fd)
-        self._finish()
+        self._store()
+
+    def _over(self) -> bool:
+        """Buries the dead. Returns whether nothing of the workload runs, or will."""
+        # In this order: what was heard to have started was there before the dead are counted.
+        self._hear_child()
+        childless = self._reap()
+        if self._begun_at_ns is None:
+            return childless and self._kill_at_ns is not None
+        return childless and not self._starting
 
     # -- time and death ----------------------------------------------------
 
     def _act(self) -> int:
         """Does what is due and returns for how many milliseconds nothing else is."""
+        self.keep_log()
         now_ns = boottime_ns()
         verdict = judge(
             now_ns=now_ns,
@@ -204,7 +152,7 @@ class Keeper:
             return poll_ms
         if verdict.step is Step.STOP:
             self._begin_stop(verdict.cause, verdict.kill_at_ns)
-            terminate(self._tree())
+            self._terminate()
         return min(_MAX_POLL_MS, max(0, verdict.wake_at_ns - now_ns) // NS_PER_MS + 1)
 
     def _begin_stop(self, cause: str | None, kill_at_ns: int) -> None:
@@ -213,11 +161,18 @@ class Keeper:
             self._cause = cause
         if self._kill_at_ns is None:
             self._kill_at_ns = kill_at_ns
+            if self._starting:
+                self._child.revoke()
             try:
                 os.close(self._directory.open_file("cancel", os.O_WRONLY | os.O_CREAT, 0o644))
             except OSError:
                 # The signal still says it; the file is the same word for those who do not listen to signals.
                 self._log("could not make the cancel file")
+
+    def _terminate(self) -> None:
+        tree = self._tree()
+        terminate(tree)
+        self._unasked = self._starting and not tree
 
     def _kill(self) -> None:
         self._killing = True
@@ -227,7 +182,7 @@ class Keeper:
         return [p for p in below(all_processes(), [os.getpid()]) if p.alive]
 
     def _reap(self) -> bool:
-        """Buries the dead. Returns whether the whole tree is gone: a subreaper without children has no descendants."""
+        """Returns whether the whole tree is gone: a subreaper without children has no descendants."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -240,14 +195,15 @@ class Keeper:
                     terminate(self._tree())
                 return False
             if pid == self._child.pid:
-                self._main_status = status
-                self._main_ended()
+                self._main_ended(status)
+            elif self._starting:
+                self._strangers[pid] = status
 
-    def _main_ended(self) -> None:
-        if self._begun is None and self._kill_at_ns is None:
+    def _main_ended(self, status: int) -> None:
+        self._main_status = status
+        if self._begun_at_ns is None and self._kill_at_ns is None:
             self._start_error = "the workload's process was killed before it began"
-        if self._report_fd is not None:
-            self._read_report()
+        self._hear_child()
         if self._kill_at_ns is None:
             self._kill_at_ns = boottime_ns() + min(self._spec.grace_ns, LEFTOVER_GRACE_NS)
             self._leftovers_due = True
@@ -255,36 +211,50 @@ class Keeper:
     # -- the workload's start ----------------------------------------------
 
     def _begin(self) -> None:
-        if self._begun is not None or self._kill_at_ns is not None:
+        if self._begun_at_ns is not None or self._kill_at_ns is not None:
             return
         # The deadline is looked at on the near side of exec, however late the agent's word came.
         self._act()
         if self._kill_at_ns is not None:
             return
-        begun = Begun(self._child.pid, time.time_ns())
+        self._begun_at_ns = time.time_ns()
+        self._record.note_begun(self._begun_at_ns)
+        self._starting = True
+        if self._child.ready_fd is not None:
+            self._poll.register(self._child.ready_fd, select.POLLIN)
         try:
-            self._directory.write_begun(begun)
-            os.write(self._child.begin_fd, b"B")
+            self._child.begin()
         except OSError as error:
+            self._starting = False
             self._start_error = f"cannot begin in {self._spec.directory}: {error.strerror}"
             self._kill_at_ns = boottime_ns()
             return
-        self._begun = begun
-        os.close(self._child.begin_fd)
         if self._spec.run_timeout_ns is not None:
             self._run_until_ns = boottime_ns() + self._spec.run_timeout_ns
 
-    def _read_report(self) -> None:
-        assert self._report_fd is not None
-        report = os.read(self._report_fd, _READ_BYTES)
-        self._poll.unregister(self._report_fd)
-        os.close(self._report_fd)
-        self._report_fd = None
-        if report:
-            self._start_error = describe_failure(report, self._spec)
-        elif self._begun is not None:
-            self._state = "running"
-            self._tell_all()
+    def _hear_child(self) -> None:
+        if not self._starting or not (outcome := self._child.outcome()):
+            return
+        self._starting = False
+        if self._child.ready_fd is not None:
+            self._poll.unregister(self._child.ready_fd)
+        self._child.close()
+        if isinstance(outcome, Failure):
+            self._start_failed(outcome)
+            return
+        self._state = "running"
+        self._tell_all()
+        if self._unasked:
+            self._terminate()
+        if self._child.pid in self._strangers:
+            self._main_ended(self._strangers[self._child.pid])
+
+    def _start_failed(self, failure: Failure) -> None:
+        self._start_error = describe_failure(failure, self._spec)
+        if failure.of_host and self._cause is None:
+            # No fault of the job: another host, or another time, may have what it takes.
+            self._log(self._start_error)
+            self._cause = KEEPER_DIED
 
     # -- the agent ---------------------------------------------------------
 
@@ -338,18 +308,18 @@ class Keeper:
                 self._cause = cause
             self._kill_at_ns = min(self._kill_at_ns, kill_at_ns)
             return
-        if self._begun is None:
+        if self._begun_at_ns is None:
             # Nothing of the job runs, so nothing needs time to tidy up.
             kill_at_ns = 0
         self._begin_stop(cause, kill_at_ns)
-        if grace_ns > 0 and self._begun is not None:
-            terminate(self._tree())
+        if grace_ns > 0 and self._begun_at_ns is not None:
+            self._terminate()
 
     def _status(self, outcome: Outcome | None) -> bytes:
         status = {
             "state": "ended" if outcome else self._state,
             "pid": self._child.pid,
-            "started_at_ns": self._begun.started_at_ns if self._begun else None,
+            "started_at_ns": self._begun_at_ns,
             "record_fd": self._record_fd,
             "outcome": outcome.to_json() if outcome else None,
         }
@@ -364,6 +334,7 @@ class Keeper:
             connection.sendall(status)
         except OSError:
             # An agent that does not read, or is gone: it will find the outcome in its file.
+            self._dropped = True
             self._drop(connection)
 
     def _drop(self, connection: socket.socket) -> None:
@@ -373,19 +344,61 @@ class Keeper:
 
     # -- the end -----------------------------------------------------------
 
-    def _finish(self) -> None:
+    def _store(self) -> None:
         for listener in self._listeners.values():
             self._accept(listener)
-        outcome = self._outcome()
+        self._ended = self._outcome()
         try:
-            self._directory.write_outcome(outcome)
+            self._directory.write_outcome(self._ended)
+            self._stored = True
         except OSError as error:
             self._log(f"the outcome could not be stored, it is only told: {error}")
-        self._tell_all(outcome)
+
+    def let_go(self) -> bool:
+        """Lets go of the lease, then tells how it ended. Returns whether this process may guard another.
+
+        It may if somebody was told, and can find it: whoever waits for a keeper
+        whose word he never had waits for its exit. And only if nothing of it was
+        of another user, or is still about to be started.
+        """
+        deleted = self._directory.deleted
+        # From here on it is no keeper of this lease, to whoever looks for one to kill.
+        set_title(LEAVING_TITLE)
+        for listener in self._listeners.values():
+            listener.close()
+        self._wakes.drain()
+        self._record.close()
+        os.close(self._record_fd)
+        self._child.close()
+        self.keep_log()
+        self._directory.close()
+        # Whoever hears this, or its end of file, may count on the lock being free.
+        if self._ended is not None:
+            self._tell_all(self._ended)
+        told = bool(self._clients)
+        for connection, _ in self._clients.values():
+            connection.close()
+        usual = isinstance(self._child, SpawnedChild) and self._child.outcome() is not REVOKED
+        return told and usual and self._stored and not self._dropped and not deleted
+
+    def keep_log(self) -> None:
+        """Moves what this process has said of itself into ``keeper.log``, made only for that."""
+        if not os.lseek(2, 0, os.SEEK_CUR):
+            return
+        said = os.pread(2, _READ_BYTES, 0)
+        os.ftruncate(2, 0)
+        os.lseek(2, 0, os.SEEK_SET)
+        try:
+            fd = self._directory.open_file("keeper.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        except OSError:
+            # Nobody could find it.
+            return
+        os.write(fd, said)
+        os.close(fd)
 
     def _outcome(self) -> Outcome:
         exit_code, signum = None, 0
-        ran = self._begun is not None and self._start_error is None
+        ran = self._begun_at_ns is not None and self._start_error is None
         if ran and self._main_status is not None:
             code = os.waitstatus_to_exitcode(self._main_status)
             exit_code, signum = (code, 0) if code >= 0 else (None, -code)
@@ -395,16 +408,9 @@ class Keeper:
             signal=signum,
             stop_cause=self._cause,
             start_error=None if self._cause is not None and not ran else self._start_error,
-            started_at_ns=self._begun.started_at_ns if ran and self._begun else None,
+            started_at_ns=self._begun_at_ns if ran else None,
             ended_at_ns=time.time_ns(),
         )
-
-    def _drain_wakes(self) -> None:
-        try:
-            while os.read(self._wake_fd, 512):
-                pass
-        except BlockingIOError:
-            return
 
     def _log(self, text: str) -> None:
         os.write(2, f"lease {self._spec.lease_id}: {text}\n".encode(errors="replace"))

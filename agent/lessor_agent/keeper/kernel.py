@@ -22,6 +22,11 @@ _ARG_START_FIELD = 48
 KEEPER_TITLE = b"lessor-keeper"
 """argv[0] of every keeper."""
 
+KEEPER_NAME = b"lessor-keeper"
+"""A keeper's name in ps and top; the kernel keeps 15 bytes of it."""
+
+_name = ctypes.create_string_buffer(KEEPER_NAME)
+
 TITLE_RESERVE = "." * 64
 """Last argument of the zygote: room so that a keeper's title always fits over the zygote's arguments."""
 
@@ -47,6 +52,13 @@ def gain_no_privileges() -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
+LEAVING_TITLE = b"\0".join((KEEPER_TITLE, b"--leaving", b""))
+"""The command line of a keeper whose lease is over: nobody may kill it for that one any more."""
+
+IDLE_TITLE = b"\0".join((KEEPER_TITLE, b"--idle", b""))
+"""The command line of a keeper that guards nothing and waits for another lease."""
+
+
 def keeper_title(lease_id: int, state_dir: str) -> bytes:
     """Returns the command line by which a keeper is recognised in /proc, NUL-separated."""
     return b"\0".join((KEEPER_TITLE, b"--lease", str(lease_id).encode(), b"--state-dir", os.fsencode(state_dir), b""))
@@ -62,20 +74,45 @@ def parse_keeper_title(cmdline: bytes) -> tuple[int, str] | None:
     return int(parts[2]), os.fsdecode(parts[4])
 
 
-def set_title(title: bytes, name: bytes) -> None:
-    """Replaces this process's command line and name as /proc and ps show them.
+def read_title(pid: int) -> tuple[int, str] | None:
+    """Returns (lease_id, state_dir) of a keeper of this user; None: ``pid`` is none that guards a lease."""
+    try:
+        if os.stat(f"/proc/{pid}").st_uid != os.geteuid():
+            return None
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return parse_keeper_title(file.read())
+    except OSError:
+        # It ended meanwhile.
+        return None
+
+
+def title_room() -> tuple[int, int]:
+    """Returns where this process's arguments lie, (address, bytes), found once: forked processes have it from here."""
+    global _title_room
+    if _title_room is None:
+        with open("/proc/self/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        # The first field after the parenthesis is number 3.
+        start, end = int(fields[_ARG_START_FIELD - 3]), int(fields[_ARG_START_FIELD - 2])
+        _title_room = (start, end - start) if 0 < start < end else (0, 0)
+    return _title_room
+
+
+_title_room: tuple[int, int] | None = None
+
+
+def set_title(title: bytes) -> None:
+    """Replaces this process's command line as /proc and ps show it.
 
     It writes over the memory that holds the arguments it was started with; a
     title longer than that is cut.
     """
-    buffer = ctypes.create_string_buffer(name[:15])
-    _prctl(_PR_SET_NAME, ctypes.addressof(buffer))
-    with open("/proc/self/stat", "rb") as file:
-        fields = file.read().rpartition(b")")[2].split()
-    # The first field after the parenthesis is number 3.
-    start, end = int(fields[_ARG_START_FIELD - 3]), int(fields[_ARG_START_FIELD - 2])
-    if start == 0 or end <= start:
-        return
-    room = end - start
-    # The last byte stays NUL, or the kernel would take it for a title that goes on into the environment.
-    ctypes.memmove(start, title[: room - 1].ljust(room, b"\0"), room)
+    start, room = title_room()
+    if room:
+        # The last byte stays NUL, or the kernel would take it for a title that goes on into the environment.
+        ctypes.memmove(start, title[: room - 1].ljust(room, b"\0"), room)
+
+
+def set_keeper_name() -> None:
+    """Names this process as a keeper."""
+    _prctl(_PR_SET_NAME, ctypes.addressof(_name))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import socket
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 from lessor_agent.keeper.kernel import TITLE_RESERVE
+from lessor_agent.keeper.link import Link
 from lessor_agent.keeper.spec import KeeperSpec
 
 log = logging.getLogger(__name__)
@@ -51,15 +54,57 @@ class KeeperTaken(KeeperRefused):
 class _Zygote:
     """One zygote process and the connection to it."""
 
+    outliving: ClassVar[list[subprocess.Popen[bytes]]] = []
+    """Those that were hung up on and stay until their keepers have ended, so that each is buried if that is soon."""
+
     def __init__(
-        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, process: subprocess.Popen[bytes], connection: socket.socket, lost: Callable[[_Zygote], None]
     ) -> None:
+        """Takes over both; ``lost`` is called when it hangs up or cannot be understood."""
         self.process = process
-        self.reader = reader
-        self.writer = writer
+        self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.waiting: dict[int, asyncio.Future[dict[str, object]]] = {}
-        self.tasks: list[asyncio.Task[None]] = []
         self.lost = False
+        self._on_lost = lost
+        self._said = asyncio.create_task(_log_errors(process), name="zygote-stderr")
+        # It ends when the zygote has nothing to say any more: it has ended, or outlives this connection.
+        self.link = Link(connection, hear=self._hear, lost=self._hung_up)
+
+    def _hear(self, answer: dict[str, object]) -> None:
+        if "ready" in answer:
+            self.ready.set_result(None)
+        elif (future := self.waiting.get(int(str(answer["id"])))) is not None and not future.done():
+            future.set_result(answer)
+
+    def _hung_up(self, error: Exception | None) -> None:
+        self.lost = True
+        if error is not None:
+            log.error("the zygote is not understood", exc_info=error, extra={"event": "zygote_garbled"})
+            self.process.kill()
+        self._disappoint("the zygote died before it answered")
+        self._on_lost(self)
+
+    def _disappoint(self, reason: str) -> None:
+        if not self.ready.done():
+            self.ready.set_exception(ZygoteLost(reason))
+            # Read, so that a failure nobody waits for any more is no complaint.
+            self.ready.exception()
+        for future in self.waiting.values():
+            if not future.done():
+                future.set_exception(ZygoteLost(reason))
+
+    async def end(self) -> None:
+        """Hangs up. Returns once it has ended, or only stays until its keepers have."""
+        self.lost = True
+        self._disappoint("the zygote was ended before it answered")
+        self.link.close()
+        if not (await asyncio.wait([self._said], timeout=_CLOSE_TIMEOUT_S))[0]:
+            self.process.kill()
+            # A keeper that was just forked, and stands still, may have its standard error as well.
+            await asyncio.wait([self._said], timeout=_CLOSE_TIMEOUT_S)
+            self._said.cancel()
+        self.outliving.append(self.process)
+        self.outliving[:] = [process for process in self.outliving if process.poll() is None]
 
 
 class Nursery:
@@ -83,7 +128,7 @@ class Nursery:
         await self._living()
 
     async def close(self) -> None:
-        """Ends the zygote; the keepers go on."""
+        """Hangs up on the zygote, which ends with the last of its keepers; they go on."""
         self._closed = True
         if self._revival is not None:
             self._revival.cancel()
@@ -92,7 +137,7 @@ class Nursery:
         async with self._starting:
             zygote, self._zygote = self._zygote, None
             if zygote is not None:
-                await _end(zygote)
+                await zygote.end()
 
     async def fork(self, spec: KeeperSpec) -> int:
         """Makes a keeper for ``spec`` and returns its pid once it guards the lease.
@@ -103,7 +148,9 @@ class Nursery:
             ZygoteLost: It may or may not have been made: its lock tells.
             ZygoteUnavailable: No zygote can be started; nothing was asked of any.
         """
-        answer = await self._ask({"op": "fork", "spec": spec.to_json()}, end_if_silent=True)
+        answer = await self._ask(
+            {"op": "fork", "spec": spec.to_text(), "own": spec.identity is not None}, end_if_silent=True
+        )
         if "error" in answer:
             kind = KeeperTaken if answer.get("taken") else KeeperRefused
             raise kind(str(answer["error"]))
@@ -131,17 +178,13 @@ class Nursery:
         zygote.waiting[number] = answer
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                zygote.writer.write(json.dumps({"id": number, **request}).encode() + b"\n")
-                await zygote.writer.drain()
+                zygote.link.order({"id": number, **request})
                 return await answer
-        except ConnectionError:
-            raise ZygoteLost("the zygote died before it answered") from None
         except TimeoutError:
             if end_if_silent:
                 # Else it could do what was asked after its asker has given up.
                 zygote.lost = True
-                with contextlib.suppress(ProcessLookupError):
-                    zygote.process.kill()
+                zygote.process.kill()
                 raise ZygoteLost(f"the zygote did not answer within {ANSWER_TIMEOUT_S:g} s and was killed") from None
             raise ZygoteUnavailable(f"the zygote did not answer within {ANSWER_TIMEOUT_S:g} s") from None
         finally:
@@ -155,67 +198,56 @@ class Nursery:
             if self._closed:
                 raise ZygoteUnavailable("the process runtime is closed")
             if self._zygote is not None and self._zygote.lost:
-                await _end(self._zygote)
-                self._zygote = None
+                lost, self._zygote = self._zygote, None
+                await lost.end()
             if self._zygote is None:
                 self._zygote = await self._start()
             return self._zygote
 
     async def _start(self) -> _Zygote:
         ours, theirs = socket.socketpair()
-        entry = Path(__file__).with_name("__main__.py")
-        # Nothing of the agent's environment goes along: a job of the same user could read it in /proc.
-        env = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
         try:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-I", "-S", "-X", "utf8", str(entry),
-                "--state-dir", str(self._state_dir), "--socket", str(theirs.fileno()), TITLE_RESERVE,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-                cwd="/",
-                env=env,
-            )  # fmt: skip
+            process = self._start_process(theirs)
         except OSError as error:
             ours.close()
             raise ZygoteUnavailable(f"cannot start {sys.executable}: {error.strerror}") from None
         finally:
             theirs.close()
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
-        zygote = _Zygote(process, reader, writer)
-        zygote.tasks.append(asyncio.create_task(_log_errors(process), name="zygote-stderr"))
+        ours.setblocking(False)
+        zygote = _Zygote(process, ours, self._on_lost)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                hello = await reader.readline()
-        except TimeoutError:
-            hello = b""
+                await zygote.ready
+        except (TimeoutError, ZygoteLost):
+            await zygote.end()
+            raise ZygoteUnavailable("the zygote does not come up; the agent's log says why") from None
         except BaseException:
-            await _end(zygote)
+            await zygote.end()
             raise
-        if not hello:
-            await _end(zygote)
-            raise ZygoteUnavailable(f"the zygote ended at once (exit {process.returncode}); the agent's log says why")
-        zygote.tasks.append(asyncio.create_task(self._read(zygote), name="zygote-reader"))
-        log.debug("zygote started", extra={"event": "zygote_started", "pid": process.pid})
+        log.debug("zygote started", extra={"event": "zygote_started", "pid": zygote.process.pid})
         return zygote
 
-    async def _read(self, zygote: _Zygote) -> None:
-        try:
-            while line := await zygote.reader.readline():
-                answer = json.loads(line)
-                future = zygote.waiting.get(answer["id"])
-                if future is not None and not future.done():
-                    future.set_result(answer)
-        except ConnectionError:
-            # The same as its end of file.
-            pass
-        zygote.lost = True
-        for future in zygote.waiting.values():
-            if not future.done():
-                future.set_exception(ZygoteLost("the zygote died before it answered"))
-        if not self._closed:
+    def _start_process(self, connection: socket.socket) -> subprocess.Popen[bytes]:
+        entry = Path(__file__).with_name("__main__.py")
+        # Nothing of the agent's environment goes along: a job of the same user could read it in /proc.
+        env = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+        # None of asyncio's subprocesses: those are killed when their event loop is closed.
+        return subprocess.Popen(
+            [
+                sys.executable, "-I", "-S", "-X", "utf8", str(entry),
+                "--state-dir", str(self._state_dir), "--socket", str(connection.fileno()), TITLE_RESERVE,
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=(connection.fileno(),),
+            start_new_session=True,
+            cwd="/",
+            env=env,
+        )  # fmt: skip
+
+    def _on_lost(self, zygote: _Zygote) -> None:
+        if zygote is self._zygote and not self._closed:
             log.warning("zygote died, starting another", extra={"event": "zygote_died", "pid": zygote.process.pid})
             self._revival = asyncio.create_task(self._revive(), name="zygote-revival")
 
@@ -227,24 +259,14 @@ class Nursery:
             log.error("zygote cannot be started", extra={"event": "zygote_unavailable", "error": str(error)})
 
 
-async def _log_errors(process: asyncio.subprocess.Process) -> None:
-    assert process.stderr is not None
-    while line := await process.stderr.readline():
-        log.error("zygote says", extra={"event": "zygote_stderr", "text": line.decode(errors="replace").rstrip()})
-
-
-async def _end(zygote: _Zygote) -> None:
-    zygote.lost = True
-    for task in zygote.tasks[1:]:
-        task.cancel()
-    for answer in zygote.waiting.values():
-        if not answer.done():
-            answer.set_exception(ZygoteLost("the zygote was ended before it answered"))
-    zygote.writer.close()
+async def _log_errors(process: subprocess.Popen[bytes]) -> None:
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), process.stderr
+    )
     try:
-        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-            await zygote.process.wait()
-    except TimeoutError:
-        zygote.process.kill()
-        await zygote.process.wait()
-    await asyncio.gather(*zygote.tasks, return_exceptions=True)
+        while line := await reader.readline():
+            text = line.decode(errors="replace").rstrip()
+            log.error("zygote says", extra={"event": "zygote_stderr", "text": text})
+    finally:
+        transport.close()

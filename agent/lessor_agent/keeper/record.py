@@ -1,10 +1,14 @@
-"""The mapped record: how a deadline reaches the keeper without a word being sent.
+"""The mapped record: how a deadline reaches the keeper without a word being sent, and that the workload may run.
 
 64 bytes in a file that agent and keeper both map. The agent moves the deadline
 forward with one aligned 8-byte store, so that the keeper reads the old or the
 new one and never a mixture; a renewal costs no system call and cannot block.
 A record that is missing, damaged, of another lease or of another boot reads as
 expired: doubt ends a job, it never prolongs one.
+
+One word is the keeper's: when the workload was let run, 0 until then. It is
+stored before there is anything that could run, and never cleared: of a damaged
+record, too, it is believed, because a lease runs once.
 """
 
 from __future__ import annotations
@@ -16,9 +20,11 @@ import struct
 _MAGIC = b"LESSORKR"
 _VERSION = 1
 _HEADER = struct.Struct("=8sII16sQ")
-"""Magic, version, reserved, boot id, lease id. The deadline follows."""
+"""Magic, version, reserved, boot id, lease id. The deadline and the begin follow."""
 _SIZE = 64
 _DEADLINE_WORD = _HEADER.size // 8
+_BEGUN_WORD = _DEADLINE_WORD + 1
+_WORD = struct.Struct("=Q")
 
 EXPIRED = 0
 """The deadline of a record that cannot be trusted."""
@@ -29,7 +35,7 @@ def _header(lease_id: int, boot_id: str) -> bytes:
 
 
 class DeadlineRecord:
-    """One mapped record. The agent is its only writer."""
+    """One mapped record. The agent alone writes the deadline, the keeper alone the begin."""
 
     def __init__(self, fd: int, lease_id: int, boot_id: str) -> None:
         """Maps the record open at ``fd``, which stays the caller's.
@@ -55,6 +61,10 @@ class DeadlineRecord:
         if deadline_ns > self._words[_DEADLINE_WORD]:
             self._words[_DEADLINE_WORD] = deadline_ns
 
+    def note_begun(self, started_at_ns: int) -> None:
+        """Notes that the workload may run from now on, in Unix nanoseconds. Not synced: a reboot ends it anyway."""
+        self._words[_BEGUN_WORD] = started_at_ns
+
     def close(self) -> None:
         """Unmaps it. Closing twice does nothing."""
         self._words.release()
@@ -62,6 +72,17 @@ class DeadlineRecord:
 
 
 def write_record(fd: int, lease_id: int, boot_id: str, deadline_ns: int) -> None:
-    """Writes a whole new record to ``fd``, every byte of it, so that no later store can meet a full disk."""
-    image = _header(lease_id, boot_id) + struct.pack("=Q", deadline_ns)
-    os.pwrite(fd, image.ljust(_SIZE, b"\0"), 0)
+    """Writes a record to ``fd``, every byte of it, so that no later store can meet a full disk.
+
+    The keeper's word of one that is there stays as it is.
+    """
+    image = _header(lease_id, boot_id) + _WORD.pack(deadline_ns)
+    if os.fstat(fd).st_size < _SIZE:
+        image = image.ljust(_SIZE, b"\0")
+    os.pwrite(fd, image, 0)
+
+
+def read_begun(fd: int) -> int | None:
+    """Returns what :meth:`DeadlineRecord.note_begun` noted in the record open at ``fd``; None: never."""
+    word = os.pread(fd, _WORD.size, _BEGUN_WORD * _WORD.size)
+    return _WORD.unpack(word)[0] or None if len(word) == _WORD.size else None

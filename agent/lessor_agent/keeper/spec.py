@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import NamedTuple
 
 
@@ -33,12 +34,12 @@ class KeeperSpec(NamedTuple):
     open_files: int | None = None
     """Soft limit of open files for the workload; None: the keeper's."""
 
-    def to_json(self) -> dict[str, object]:
-        """Returns the form that travels to the zygote."""
-        return self._asdict()
+    def to_text(self) -> str:
+        """Returns the form that travels: JSON."""
+        return json.dumps(self._asdict())
 
     @classmethod
-    def from_json(cls, data: dict[str, object]) -> KeeperSpec:
+    def from_text(cls, text: str | bytes | bytearray) -> KeeperSpec:
         """Reads that form."""
-        spec = cls(**data)  # type: ignore[arg-type]
+        spec = cls(**json.loads(text))
         return spec._replace(identity=None if spec.identity is None else Identity(*spec.identity))

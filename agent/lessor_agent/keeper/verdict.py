@@ -13,6 +13,8 @@ LEFTOVER_GRACE_NS = 2_000_000_000
 
 LEASE_LOST = "lease_lost"
 RUN_TIMEOUT = "run_timeout"
+KEEPER_DIED = "keeper_died"
+"""The keeper could not do its part; how the job would have ended is unknown."""
 
 _NEVER = 1 << 63
 

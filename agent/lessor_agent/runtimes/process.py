@@ -23,7 +23,7 @@ from typing import ClassVar
 
 from lessor_agent.boottime import boot_id
 from lessor_agent.keeper.directory import LeaseDirectory, LockTaken, Outcome, make_lease_directory
-from lessor_agent.keeper.kernel import parse_keeper_title
+from lessor_agent.keeper.kernel import read_title
 from lessor_agent.keeper.nursery import KeeperRefused, KeeperTaken, Nursery, NurseryFault, ZygoteLost, ZygoteUnavailable
 from lessor_agent.keeper.spec import KeeperSpec
 from lessor_agent.keeper.tree import read_process, send
@@ -46,9 +46,15 @@ from lessor_agent.runtimes.process_execution import (
     connect_keeper,
     connect_keeper_by_pid,
     end_orphaned,
-    remove_tree,
 )
-from lessor_agent.runtimes.workload_environment import check_strings, find_account, identity_of, workload_environment
+from lessor_agent.runtimes.removal import Removal, remove_tree
+from lessor_agent.runtimes.workload_environment import (
+    check_strings,
+    find_account,
+    host_environment,
+    identity_of,
+    workload_environment,
+)
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +71,13 @@ class ProcessRuntime(Runtime):
     name: ClassVar[str] = RUNTIME_NAME
 
     def __init__(self, context: RuntimeContext) -> None:
-        self._env_allow = context.env_allow
+        self._host_environment = host_environment(os.environ, context.env_allow)
         self._open_files = context.open_files
-        self._state_dir = Path(os.path.realpath(context.state_dir))
-        self._leases = self._state_dir / "leases"
-        self._boot_id = ""
-        self._nursery = Nursery(self._state_dir)
+        self.state_dir = Path(os.path.realpath(context.state_dir))
+        self._leases = self.state_dir / "leases"
+        self.boot_id = ""
+        self._nursery = Nursery(self.state_dir)
+        self._removal = Removal()
         self._executions: dict[int, ProcessExecution] = {}
         self._starting: dict[int, asyncio.Task[ProcessExecution]] = {}
         self._callers: Counter[int] = Counter()
@@ -93,7 +100,7 @@ class ProcessRuntime(Runtime):
         if not sys.platform.startswith("linux") or not hasattr(os, "pidfd_open"):
             raise RuntimeUnavailable("the process runtime needs Linux 5.4 or newer")
         try:
-            self._boot_id = boot_id()
+            self.boot_id = boot_id()
             os.close(os.pidfd_open(os.getpid()))
         except OSError as error:
             raise RuntimeUnavailable(f"the process runtime needs /proc and pidfd_open (Linux 5.4): {error}") from None
@@ -108,7 +115,7 @@ class ProcessRuntime(Runtime):
             await self._nursery.open()
         except ZygoteUnavailable as error:
             raise RuntimeUnavailable(str(error)) from None
-        keepers = await asyncio.to_thread(find_keepers, self._state_dir)
+        keepers = await asyncio.to_thread(find_keepers, self.state_dir)
         self._homeless = {lease: pid for lease, pid in keepers.items() if not (self._leases / str(lease)).exists()}
 
     async def close(self) -> None:
@@ -163,7 +170,7 @@ class ProcessRuntime(Runtime):
         if found is not None:
             return found
         # No keeper answers and nobody wrote how it ended. What may have been left running must not go on.
-        await asyncio.to_thread(kill_keeper, self._state_dir, lease_id)
+        await asyncio.to_thread(kill_keeper, self.state_dir, lease_id)
         await end_orphaned(path, lease_id, None, None)
         await asyncio.to_thread(self._remove_unguarded, lease_id)
         raise ExecutionVanished(f"lease {lease_id}: no keeper and no outcome; nothing of it runs")
@@ -175,7 +182,7 @@ class ProcessRuntime(Runtime):
         directory deleted or not. An execution without a directory has no output
         files.
         """
-        keepers = await asyncio.to_thread(find_keepers, self._state_dir)
+        keepers = await asyncio.to_thread(find_keepers, self.state_dir)
         found = set(keepers)
         with contextlib.suppress(FileNotFoundError):
             found |= {int(name) for name in os.listdir(self._leases) if name.isdigit()}
@@ -204,13 +211,15 @@ class ProcessRuntime(Runtime):
             if attempt > 0:
                 # Two that start one lease at the same pace would take its directory from each other each time.
                 await asyncio.sleep(random.uniform(0, _CONNECT_PAUSE_S * 2**attempt))
-            found = await self._find(lease_id)
-            if found is not None:
-                return found
-            if (ended := await self._end_unguarded(lease_id)) is not None:
-                return ended
+            new = attempt == 0 and self._is_new(lease_id, path)
+            if not new:
+                found = await self._find(lease_id)
+                if found is not None:
+                    return found
+                if (ended := await self._end_unguarded(lease_id)) is not None:
+                    return ended
             try:
-                self._make_directory(lease_id, deadline_ns)
+                self._make_directory(lease_id, deadline_ns, new=new)
                 await self._nursery.fork(spec)
             except ZygoteLost as lost:
                 # A keeper may stand now: the lock tells.
@@ -225,28 +234,37 @@ class ProcessRuntime(Runtime):
             except (KeeperRefused, OSError):
                 await asyncio.to_thread(self._remove_unguarded, lease_id)
                 raise
-            connection = connect_keeper(path, lease_id)
-            if connection is not None and (execution := await self._connected(lease_id, connection)) is not None:
-                return execution
+            if (connection := connect_keeper(path, lease_id)) is not None:
+                return self._connected(lease_id, connection)
         # Before it is said that nothing was started: a keeper of a fork that was never answered may stand.
         if (found := await self._find(lease_id)) is not None:
             return found
-        await asyncio.to_thread(kill_keeper, self._state_dir, lease_id)
+        await asyncio.to_thread(kill_keeper, self.state_dir, lease_id)
         if (ended := await self._end_unguarded(lease_id)) is not None:
             return ended
         raise StartRefused(reason)
+
+    def _is_new(self, lease_id: int, path: Path) -> bool:
+        """Makes the directory of a lease that was never started here; returns False if it may have been."""
+        if lease_id in self._executions or lease_id in self._homeless:
+            return False
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            return False
+        return True
 
     async def _spec(self, request: StartRequest, path: Path) -> KeeperSpec:
         if request.working_dir is not None and not request.working_dir.is_absolute():
             raise StartRefused(f"working directory {request.working_dir} is not absolute")
         account = None if request.user is None else await asyncio.to_thread(find_account, request.user)
         identity = None if account is None else await asyncio.to_thread(identity_of, account)
-        env = workload_environment(request, str(path), os.environ, self._env_allow, account)
+        env = workload_environment(request, str(path), self._host_environment, account)
         check_strings(request.argv, env)
         return KeeperSpec(
             lease_id=request.lease_id,
-            boot_id=self._boot_id,
-            state_dir=str(self._state_dir),
+            boot_id=self.boot_id,
+            state_dir=str(self.state_dir),
             directory=str(path),
             argv=list(request.argv),
             env=env,
@@ -257,10 +275,11 @@ class ProcessRuntime(Runtime):
             open_files=self._open_files,
         )
 
-    def _make_directory(self, lease_id: int, deadline_ns: int) -> None:
-        directory = make_lease_directory(str(self._leases / str(lease_id)), lease_id)
+    def _make_directory(self, lease_id: int, deadline_ns: int, *, new: bool) -> None:
+        path = str(self._leases / str(lease_id))
+        directory = LeaseDirectory(path, lease_id) if new else make_lease_directory(path, lease_id)
         try:
-            directory.make_record(self._boot_id, deadline_ns).close()
+            directory.make_record(self.boot_id, deadline_ns)
         finally:
             directory.close()
 
@@ -304,7 +323,7 @@ class ProcessRuntime(Runtime):
         if guarded:
             return None
         if begun is not None:
-            outcome = await end_orphaned(path, lease_id, None, begun.started_at_ns)
+            outcome = await end_orphaned(path, lease_id, None, begun)
             return self._ended(lease_id, outcome)
         await asyncio.to_thread(self._remove_unguarded, lease_id)
         return None
@@ -329,8 +348,8 @@ class ProcessRuntime(Runtime):
             if known is not None:
                 return known
             connection = self._reach(lease_id, path)
-            if connection is not None and (execution := await self._connected(lease_id, connection)) is not None:
-                return execution
+            if connection is not None:
+                return self._connected(lease_id, connection)
             try:
                 directory = LeaseDirectory(str(path), lease_id)
             except (FileNotFoundError, NotADirectoryError):
@@ -355,17 +374,18 @@ class ProcessRuntime(Runtime):
         connection = connect_keeper(path, lease_id)
         if connection is None and (pid := self._homeless.pop(lease_id, None)) is not None:
             connection = connect_keeper_by_pid(pid)
+            # Looked at again once it is connected: meanwhile it may have taken another lease.
+            if connection is not None and read_title(pid) != (lease_id, str(self.state_dir)):
+                connection.close()
+                return None
         return connection
 
-    async def _connected(self, lease_id: int, connection: socket.socket) -> ProcessExecution | None:
-        execution = ProcessExecution(lease_id, self._leases / str(lease_id), self)
-        try:
-            await execution.connect(connection)
-        except ExecutionVanished:
-            return None
+    def _connected(self, lease_id: int, connection: socket.socket) -> ProcessExecution:
         if (known := self._executions.get(lease_id)) is not None:
-            await execution.let_go()
+            connection.close()
             return known
+        execution = ProcessExecution(lease_id, self._leases / str(lease_id), self)
+        execution.connect(connection)
         self._executions[lease_id] = execution
         return execution
 
@@ -377,7 +397,7 @@ class ProcessRuntime(Runtime):
 
     async def _look_for_keeper(self, lease_id: int) -> bool:
         """Notes the keeper of a lease that runs without its directory. Returns whether there is one."""
-        pid = (await asyncio.to_thread(find_keepers, self._state_dir)).get(lease_id)
+        pid = (await asyncio.to_thread(find_keepers, self.state_dir)).get(lease_id)
         if pid is not None:
             self._homeless[lease_id] = pid
         return pid is not None
@@ -389,6 +409,10 @@ class ProcessRuntime(Runtime):
         # Without a zygote there is nothing it caught; the search through /proc that follows is then the only one.
         with contextlib.suppress(ZygoteLost, ZygoteUnavailable):
             await self._nursery.sweep()
+
+    async def remove(self, path: Path) -> None:
+        """Removes a lease's directory."""
+        await self._removal.remove(path)
 
     def forgotten(self, lease_id: int) -> None:
         """Drops an execution that removed itself."""
@@ -402,29 +426,20 @@ def kill_keeper(state_dir: Path, lease_id: int) -> None:
     if process is None:
         return
     log.error("keeper does not answer, killing it", extra={"event": "keeper_killed", "lease_id": lease_id})
-    while send(process, signal.SIGKILL):
+    # Never halted to look again first: should this agent die then, it would keep no deadline of what it guards now.
+    while read_title(process.pid) == (lease_id, str(state_dir)) and send(process, signal.SIGKILL):
         time.sleep(_CONNECT_PAUSE_S)
 
 
 def find_keepers(state_dir: Path) -> dict[int, int]:
-    """Returns the keepers of a state directory that run on this host: lease_id → pid. Blocks.
+    """Returns the keepers of a state directory that guard a lease on this host: lease_id → pid. Blocks.
 
     They are known by their command line, so that they are found when the whole
     state directory was deleted; those of other users are not believed.
     """
     found: dict[int, int] = {}
     for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        try:
-            if os.stat(f"/proc/{name}").st_uid != os.geteuid():
-                continue
-            with open(f"/proc/{name}/cmdline", "rb") as file:
-                title = parse_keeper_title(file.read())
-        except OSError:
-            # It ended meanwhile.
-            continue
-        if title is not None and title[1] == str(state_dir):
+        if name.isdigit() and (title := read_title(int(name))) is not None and title[1] == str(state_dir):
             found[title[0]] = int(name)
     return found
 

@@ -9,23 +9,20 @@ same lease is made from the directory.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import logging
 import os
-import shutil
 import socket
-import stat
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
-from lessor_agent.boottime import boot_id
 from lessor_agent.keeper.directory import LeaseDirectory, Outcome, connect_homeless, peer
+from lessor_agent.keeper.kernel import read_title
+from lessor_agent.keeper.link import Link
 from lessor_agent.keeper.record import DeadlineRecord
-from lessor_agent.keeper.tree import end_lease_processes, read_process
-from lessor_agent.runtimes.base import Execution, ExecutionVanished, Exit, Handle, OutputFiles, StopCause
+from lessor_agent.keeper.tree import end_lease_processes
+from lessor_agent.runtimes.base import Execution, Exit, Handle, OutputFiles, StopCause
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +31,23 @@ RUNTIME_NAME = "process"
 
 _SWEEP_PATIENCE_S = 2.0
 _SEARCH_AGAIN_S = 1.0
+_LOCK_POLL_S = (0.005, 0.1)
+"""Between two looks for a keeper that has hung up: at first, and at most."""
 _PREPARED, _RUNNING, _ENDED = "prepared", "running", "ended"
 
 
 class ExecutionHome(Protocol):
     """What an execution needs of the runtime it belongs to."""
+
+    boot_id: str
+    state_dir: Path
+
+    async def remove(self, path: Path) -> None:
+        """Removes a lease's directory, whatever the workload made of it.
+
+        Raises:
+            OSError: Something cannot be removed.
+        """
 
     async def sweep(self) -> None:
         """Returns once the zygote has ended what it caught of dead keepers' trees. Never fails."""
@@ -63,36 +72,25 @@ class ProcessExecution(Execution):
         self.output = OutputFiles(stdout=path / "stdout", stderr=path / "stderr", events=path / "events")
         self.handle = Handle(RUNTIME_NAME, HANDLE_VERSION, {"lease_id": lease_id})
         self._home = home
-        self._boot_id = boot_id()
         self._record: DeadlineRecord | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self._keeper_fd = -1
+        self._link: Link | None = None
         self._keeper_gone = asyncio.Event()
-        self._reader: asyncio.Task[None] | None = None
+        """No keeper guards the lease any more: it has exited, or let go."""
+        self._conclusion: asyncio.Task[None] | None = None
         self._state = _PREPARED
         self._changed = asyncio.Event()
         self._begin_sent = False
         self._ran = False
         self._started_at_ns: int | None = None
         self._main_pid: int | None = None
-        self._told: Outcome | None = None
         self._exit: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
 
-    async def connect(self, connection: socket.socket) -> None:
-        """Takes over ``connection``, at whose other end is the keeper.
-
-        Raises:
-            ExecutionVanished: The keeper ended at this very moment; look again.
-        """
+    def connect(self, connection: socket.socket) -> None:
+        """Takes over ``connection``, at whose other end is the keeper, or was until this very moment."""
         keeper_pid, _ = peer(connection)
-        try:
-            self._watch(keeper_pid)
-        except ProcessLookupError:
-            connection.close()
-            raise ExecutionVanished(f"the keeper of lease {self.lease_id} ended meanwhile") from None
+        self.handle = Handle(RUNTIME_NAME, HANDLE_VERSION, {"lease_id": self.lease_id, "keeper_pid": keeper_pid})
         self._open_record()
-        reader, self._writer = await asyncio.open_unix_connection(sock=connection)
-        self._reader = asyncio.create_task(self._follow(reader), name=f"keeper-{self.lease_id}")
+        self._link = Link(connection, hear=self._hear, lost=self._on_hung_up)
 
     def conclude(self, outcome: Outcome) -> None:
         """Takes note of how it ended. No keeper guards it any more."""
@@ -126,23 +124,19 @@ class ProcessExecution(Execution):
             self._record.renew(deadline_ns)
 
     async def forget(self) -> None:
-        """Removes the lease's directory, once the keeper has exited."""
+        """Removes the lease's directory, once no keeper guards it."""
         await self._keeper_gone.wait()
         await self.let_go()
-        await asyncio.to_thread(remove_tree, self.path)
+        await self._home.remove(self.path)
         self._home.forgotten(self.lease_id)
 
     async def let_go(self) -> None:
         """Closes what this object holds. The execution itself goes on."""
-        if self._reader is not None:
-            self._reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reader
-            self._reader = None
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        self._unwatch()
+        if self._conclusion is not None:
+            self._conclusion.cancel()
+            await asyncio.gather(self._conclusion, return_exceptions=True)
+            self._conclusion = None
+        self._hang_up()
         self._keeper_gone.set()
         if self._record is not None:
             self._record.close()
@@ -159,35 +153,6 @@ class ProcessExecution(Execution):
 
     # -- the keeper ------------------------------------------------------------
 
-    def _watch(self, keeper_pid: int) -> None:
-        self._keeper_fd = os.pidfd_open(keeper_pid)
-        process = read_process(keeper_pid)
-        if process is None:
-            os.close(self._keeper_fd)
-            self._keeper_fd = -1
-            raise ProcessLookupError(keeper_pid)
-        asyncio.get_running_loop().add_reader(self._keeper_fd, self._on_keeper_gone)
-        self.handle = Handle(
-            RUNTIME_NAME,
-            HANDLE_VERSION,
-            {
-                "lease_id": self.lease_id,
-                "keeper_pid": keeper_pid,
-                "keeper_start": process.start_ticks,
-                "boot_id": self._boot_id,
-            },
-        )
-
-    def _unwatch(self) -> None:
-        if self._keeper_fd >= 0:
-            asyncio.get_running_loop().remove_reader(self._keeper_fd)
-            os.close(self._keeper_fd)
-            self._keeper_fd = -1
-
-    def _on_keeper_gone(self) -> None:
-        self._unwatch()
-        self._keeper_gone.set()
-
     def _open_record(self) -> None:
         try:
             directory = LeaseDirectory(str(self.path), self.lease_id)
@@ -195,7 +160,7 @@ class ProcessExecution(Execution):
             # The directory was deleted. The keeper tells where the record can still be reached.
             return
         try:
-            self._record = directory.map_record(self._boot_id)
+            self._record = directory.map_record(self._home.boot_id)
         except (OSError, ValueError):
             log.warning("no deadline record", extra={"event": "record_missing", "lease_id": self.lease_id})
         finally:
@@ -208,40 +173,71 @@ class ProcessExecution(Execution):
         except OSError:
             return
         try:
-            self._record = DeadlineRecord(fd, self.lease_id, self._boot_id)
+            self._record = DeadlineRecord(fd, self.lease_id, self._home.boot_id)
         except (OSError, ValueError):
             return
         finally:
             os.close(fd)
 
-    def _order(self, order: dict[str, object]) -> None:
-        if self._writer is not None and not self._writer.is_closing() and not self._exit.done():
-            self._writer.write(json.dumps(order).encode() + b"\n")
+    def _hang_up(self) -> None:
+        if self._link is not None:
+            self._link.close()
+            self._link = None
 
-    async def _follow(self, reader: asyncio.StreamReader) -> None:
-        """Hears the keeper out, then finds out how it ended. Whatever fails, an end is told."""
-        try:
-            while line := await reader.readline():
-                self._hear(json.loads(line))
-        except ConnectionError:
-            # The same as its end of file.
-            pass
-        except Exception:
-            log.exception("a keeper is not understood", extra={"event": "keeper_garbled", "lease_id": self.lease_id})
+    def _order(self, order: dict[str, object]) -> None:
+        if self._link is not None and not self._exit.done():
+            self._link.order(order)
+
+    def _on_hung_up(self, error: Exception | None) -> None:
+        self._conclusion = asyncio.create_task(self._conclude(error), name=f"conclude-{self.lease_id}")
+
+    async def _conclude(self, error: Exception | None) -> None:
+        """Finds out how it ended where the keeper did not say. Whatever fails, an end is told."""
+        if error is not None:
+            log.error(
+                "a keeper is not understood",
+                exc_info=error,
+                extra={"event": "keeper_garbled", "lease_id": self.lease_id},
+            )
             # It goes on guarding; its outcome is in its file once it has ended what nobody can follow any more.
             await self.stop(StopCause.KEEPER_DIED)
-        # The keeper hangs up only by exiting; the lock is free and the outcome stored when it has.
-        await self._keeper_gone.wait()
+        await self._await_unguarded()
         try:
-            outcome = self._told or self._stored_outcome()
+            outcome = self._stored_outcome()
             if outcome is None:
                 log.error("keeper died", extra={"event": "keeper_died", "lease_id": self.lease_id})
-                await self._home.sweep()
+                # At once, too, for the zygote may stand still; once more after it, for what hung below it unmarked.
+                await asyncio.gather(self._home.sweep(), _end_processes(self.path, self.lease_id, self._main_pid))
                 outcome = await end_orphaned(self.path, self.lease_id, self._main_pid, self._started_at_ns)
         except Exception:
             log.exception("the end of a job is unknown", extra={"event": "end_unknown", "lease_id": self.lease_id})
             outcome = _keeper_died(self.lease_id, self._started_at_ns)
         self._end(outcome)
+
+    async def _await_unguarded(self) -> None:
+        """Returns once no keeper guards the lease: then the lock is free, and the outcome stored if there is one."""
+        pause_s = _LOCK_POLL_S[0]
+        while self._is_guarded():
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LOCK_POLL_S[1])
+        self._keeper_gone.set()
+
+    def _is_guarded(self) -> bool:
+        try:
+            directory = LeaseDirectory(str(self.path), self.lease_id)
+        except (FileNotFoundError, NotADirectoryError):
+            # Deleted. A keeper is known by its title then, until it exits or guards something else.
+            title = (self.lease_id, str(self._home.state_dir))
+            return read_title(int(self.handle.data["keeper_pid"])) == title
+        except OSError:
+            # Not to be told (no descriptor left, say), which is no reason to believe that it is gone.
+            return True
+        try:
+            return directory.locked()
+        except OSError:
+            return True
+        finally:
+            directory.close()
 
     def _hear(self, status: dict[str, object]) -> None:
         self._main_pid = _number(status["pid"])
@@ -250,9 +246,10 @@ class ProcessExecution(Execution):
         if self._record is None and record_fd is not None:
             self._open_record_of_keeper(record_fd)
         if isinstance(outcome := status["outcome"], dict):
-            self._told = Outcome.from_json(outcome)
-            # It is stored and the tree is gone; the keeper's own last millisecond concerns only forget().
-            self._end(self._told)
+            # It comes when the tree is gone, the outcome is stored, and the lock is free.
+            self._end(Outcome.from_json(outcome))
+            self._keeper_gone.set()
+            self._hang_up()
         if status["state"] == _RUNNING:
             self._ran = True
             self._state = _RUNNING
@@ -291,16 +288,7 @@ async def end_orphaned(path: Path, lease_id: int, session: int | None, started_a
         session: The workload's session, if it was this very agent that saw the keeper die; else None.
         started_at_ns: When the workload began, in Unix nanoseconds; None: never.
     """
-    while True:
-        try:
-            if await asyncio.to_thread(end_lease_processes, str(path), session, patience_s=_SWEEP_PATIENCE_S):
-                break
-            log.warning("processes cannot be killed yet", extra={"event": "unkillable", "lease_id": lease_id})
-        except OSError as error:
-            # No descriptor left to look through /proc, say: nothing is proved until one is.
-            fields = {"event": "unsearchable", "lease_id": lease_id, "error": str(error)}
-            log.warning("processes cannot be looked for", extra=fields)
-            await asyncio.sleep(_SEARCH_AGAIN_S)
+    await _end_processes(path, lease_id, session)
     outcome = _keeper_died(lease_id, started_at_ns)
     try:
         directory = LeaseDirectory(str(path), lease_id)
@@ -313,6 +301,19 @@ async def end_orphaned(path: Path, lease_id: int, session: int | None, started_a
     finally:
         directory.close()
     return outcome
+
+
+async def _end_processes(path: Path, lease_id: int, session: int | None) -> None:
+    while True:
+        try:
+            if await asyncio.to_thread(end_lease_processes, str(path), session, patience_s=_SWEEP_PATIENCE_S):
+                return
+            log.warning("processes cannot be killed yet", extra={"event": "unkillable", "lease_id": lease_id})
+        except OSError as error:
+            # No descriptor left to look through /proc, say: nothing is proved until one is.
+            fields = {"event": "unsearchable", "lease_id": lease_id, "error": str(error)}
+            log.warning("processes cannot be looked for", extra=fields)
+            await asyncio.sleep(_SEARCH_AGAIN_S)
 
 
 def _keeper_died(lease_id: int, started_at_ns: int | None) -> Outcome:
@@ -359,26 +360,6 @@ def connect_keeper_by_pid(pid: int) -> socket.socket | None:
         return connect_homeless(pid)
     except OSError:
         return None
-
-
-def remove_tree(path: Path) -> None:
-    """Removes a lease's directory, also what the workload made unremovable for its owner. Blocks.
-
-    Raises:
-        OSError: Something cannot be removed.
-    """
-
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        return
-    except PermissionError:
-        os.chmod(path, stat.S_IRWXU)
-        for parent, names, _ in os.walk(path):
-            for name in names:
-                if not os.path.islink(directory := os.path.join(parent, name)):
-                    os.chmod(directory, stat.S_IRWXU)
-        shutil.rmtree(path)
 
 
 def _utc(unix_ns: int) -> datetime:

@@ -15,32 +15,38 @@ _MAX_STRING_BYTES = 128 * 1024 - 1
 _OF_THE_USER = ("HOME", "USER", "LOGNAME", "SHELL", "MAIL")
 
 
-def workload_environment(
-    request: StartRequest,
-    lease_directory: str,
-    host: Mapping[str, str],
-    allow: Sequence[str],
-    account: pwd.struct_passwd | None,
-) -> dict[str, str]:
-    """Returns the whole environment of a workload.
+def host_environment(host: Mapping[str, str], allow: Sequence[str]) -> dict[str, str]:
+    """Returns the variables of the host that every workload may see.
 
-    In this order, later ones win: the allow-listed variables of the host, those
-    of the account it runs as, the job's own, Lessor's own. No ``LESSOR_``
-    variable of the host gets through, whatever the list says: the agent's own
+    No ``LESSOR_`` variable gets through, whatever the list says: the agent's own
     settings and credentials are among them.
 
     Args:
-        request: What is started.
-        lease_directory: Absolute path of the lease's directory.
         host: The agent's environment.
-        allow: Names of host variables, or prefixes that end in ``*``.
-        account: The account it runs as; None: the agent's own.
+        allow: Names of variables, or prefixes that end in ``*``.
     """
-    env = {
+    return {
         name: value
         for name, value in host.items()
         if not name.startswith("LESSOR_") and any(_matches(name, rule) for rule in allow)
     }
+
+
+def workload_environment(
+    request: StartRequest, lease_directory: str, host: Mapping[str, str], account: pwd.struct_passwd | None
+) -> dict[str, str]:
+    """Returns the whole environment of a workload.
+
+    In this order, later ones win: those of the host, those of the account it
+    runs as, the job's own, Lessor's own.
+
+    Args:
+        request: What is started.
+        lease_directory: Absolute path of the lease's directory.
+        host: What :func:`host_environment` returned.
+        account: The account it runs as; None: the agent's own.
+    """
+    env = dict(host)
     if account is not None:
         for name in _OF_THE_USER:
             env.pop(name, None)

@@ -20,7 +20,18 @@ from lessor_agent.keeper import nursery
 from lessor_agent.runtimes.base import Runtime, RuntimeContext, RuntimeUnavailable, StartRefused, StopCause
 from lessor_agent.runtimes.process import ProcessRuntime, find_keepers
 from lessor_agent.runtimes.process_execution import ProcessExecution
-from tests.support.process_runtime import Fifo, gone, lives, open_runtime, python, run, shell, start_request
+from tests.support.process_runtime import (
+    Fifo,
+    gone,
+    idle,
+    keeper_of,
+    lives,
+    open_runtime,
+    python,
+    run,
+    shell,
+    start_request,
+)
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may start a job as another user")
 
@@ -95,7 +106,7 @@ async def test_begin_twice_runs_once(runtime: ProcessRuntime) -> None:
     assert execution.output.stdout.read_text() == "ran\n"
 
 
-async def test_environment(runtime: ProcessRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ALLOWED", "LC_TEST", "AWS_SECRET_ACCESS_KEY", "LESSOR_TOKEN", "LESSOR_ADDRESS"):
         monkeypatch.setenv(name, f"host {name}")
     request = start_request(
@@ -105,7 +116,8 @@ async def test_environment(runtime: ProcessRuntime, monkeypatch: pytest.MonkeyPa
         gpu_uuids=("GPU-a", "GPU-b"),
         attempt=3,
     )
-    execution, exit = await run(runtime, request)
+    async with open_runtime(tmp_path / "state") as runtime:
+        execution, exit = await run(runtime, request)
     assert exit.exit_code == 0
     env = dict(item.split("=", 1) for item in execution.output.stdout.read_text().split("\0") if item)
     lease_dir = execution.output.stdout.parent
@@ -263,14 +275,38 @@ async def test_runs_as_another_user(reachable_dir: Path) -> None:
 
 @needs_root
 async def test_job_of_another_user_cannot_touch_its_keepers_files(reachable_dir: Path) -> None:
-    script = (
-        "cd ..; for f in record outcome lock control; do (echo x >> $f) 2>/dev/null && echo wrote $f; done; ls . ; :"
-    )
+    script = "cd ..; for f in record control; do (echo x >> $f) 2>/dev/null && echo wrote $f; done; ls . ; :"
     async with open_runtime(reachable_dir / "state") as runtime:
         (reachable_dir / "state").chmod(0o711)
         execution, exit = await run(runtime, shell(1, script, user="nobody"))
         assert exit.exit_code == 0
         assert execution.output.stdout.read_text() == ""
+
+
+@needs_root
+async def test_a_keeper_of_another_users_lease_guards_that_one_only(reachable_dir: Path) -> None:
+    async with open_runtime(reachable_dir / "state") as runtime:
+        (reachable_dir / "state").chmod(0o711)
+        mine, _ = await run(runtime, shell(1, ":"))
+        await mine.forget()
+        await idle(keeper_of(mine))
+        theirs, exit = await run(runtime, shell(2, "id -un", user="nobody"))
+        assert (exit.exit_code, theirs.output.stdout.read_text()) == (0, "nobody\n")
+        assert keeper_of(theirs) != keeper_of(mine)
+        await gone(keeper_of(theirs))
+        last, _ = await run(runtime, shell(3, ":"))
+        assert keeper_of(last) == keeper_of(mine)
+
+
+@needs_root
+async def test_another_users_directory_counts_not_what_root_can_reach(reachable_dir: Path) -> None:
+    (reachable_dir / "closed").mkdir(mode=0o700)
+    (reachable_dir / "closed" / "open").mkdir(mode=0o777)
+    async with open_runtime(reachable_dir / "state") as runtime:
+        (reachable_dir / "state").chmod(0o711)
+        _, exit = await run(runtime, shell(1, ":", user="nobody", working_dir=reachable_dir / "closed" / "open"))
+        assert exit.start_error is not None
+        assert "working directory" in exit.start_error
 
 
 @needs_root
@@ -334,7 +370,6 @@ async def test_two_runtimes_prepare_one_lease_once(runtime: ProcessRuntime, tmp_
 async def test_directory_of_a_crashed_prepare_is_used_again(runtime: ProcessRuntime, tmp_path: Path) -> None:
     remains = tmp_path / "state" / "leases" / "1"
     (remains / "work").mkdir(parents=True)
-    (remains / "lock").write_text("")
     (remains / "record").write_text("torn")
     execution, exit = await run(runtime, shell(1, "echo ran"))
     assert exit.exit_code == 0
@@ -389,7 +424,17 @@ async def test_forget_removes_what_the_job_made_unremovable(runtime: ProcessRunt
     assert Path("/etc/passwd").exists()
 
 
-async def test_zygote_ends_with_the_runtime_and_keeps_its_jobs(tmp_path: Path, fifo: Fifo) -> None:
+async def test_zygote_ends_with_the_runtime_that_has_no_jobs(tmp_path: Path) -> None:
+    async with open_runtime(tmp_path / "state") as runtime:
+        await run(runtime, shell(1, "true"))
+        zygote = runtime.zygote_pid
+        assert zygote is not None
+        await runtime.close()
+        await gone(zygote)
+        await runtime.open()
+
+
+async def test_zygote_outlives_the_runtime_with_its_jobs(tmp_path: Path, fifo: Fifo) -> None:
     async with open_runtime(tmp_path / "state") as runtime:
         execution = await runtime.prepare(shell(1, f"echo started > {fifo.path}; exec sleep 1000"))
         await execution.begin()
@@ -397,9 +442,15 @@ async def test_zygote_ends_with_the_runtime_and_keeps_its_jobs(tmp_path: Path, f
         assert zygote is not None
         await fifo.line()
         await runtime.close()
-        await gone(zygote)
+        os.kill(zygote, signal.SIGTERM)
         assert lives(keeper)
         await runtime.open()
+        assert runtime.zygote_pid != zygote
+        adopted = await runtime.adopt(execution.handle)
+        assert lives(zygote)
+        await adopted.stop(StopCause.CANCELLED, timedelta(0))
+        assert (await adopted.wait()).stop_cause is StopCause.CANCELLED
+        await gone(zygote)
 
 
 async def test_unwritable_state_directory_is_unavailable(tmp_path: Path) -> None:

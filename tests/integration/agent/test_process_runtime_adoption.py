@@ -15,6 +15,7 @@ import pytest
 
 from lessor_agent.boottime import NS_PER_MS, boot_id, boottime_ns
 from lessor_agent.keeper.directory import LeaseDirectory
+from lessor_agent.keeper.tree import read_process
 from lessor_agent.runtimes.base import ExecutionVanished, Handle, RuntimeContext, StopCause
 from lessor_agent.runtimes.process import ProcessRuntime, find_keepers
 from tests.support import process_runtime
@@ -171,7 +172,12 @@ async def test_vanished_execution_is_ended_and_told(agents: Agents, fifo: Fifo) 
     script = f"trap '' TERM; setsid /bin/sh -c 'echo $$ > {fifo.path}; exec sleep 1000' & wait"
     keeper = await agents.start(1, script)
     child = int(await fifo.line())
+    guarding = read_process(keeper)
+    assert guarding is not None
     await agents.kill()
+    # The zygote stays for exactly this, and would end it.
+    os.kill(guarding.parent, signal.SIGKILL)
+    await gone(guarding.parent)
     os.kill(keeper, signal.SIGKILL)
     await gone(keeper)
     assert lives(child)

@@ -10,7 +10,12 @@ from datetime import timedelta
 import pytest
 
 from lessor_agent.runtimes.base import StartRefused, StartRequest
-from lessor_agent.runtimes.workload_environment import check_strings, find_account, workload_environment
+from lessor_agent.runtimes.workload_environment import (
+    check_strings,
+    find_account,
+    host_environment,
+    workload_environment,
+)
 
 REQUEST = StartRequest(
     lease_id=5,
@@ -30,7 +35,7 @@ HOST = {"PATH": "/bin", "HOME": "/root", "USER": "root", "NCCL_DEBUG": "1", "LES
 
 
 def names(allow: list[str]) -> set[str]:
-    env = workload_environment(REQUEST, "/d", HOST, allow, None)
+    env = workload_environment(REQUEST, "/d", host_environment(HOST, allow), None)
     return {name for name in env if name in HOST}
 
 
@@ -45,23 +50,23 @@ def test_no_list_lets_the_agents_own_variables_pass() -> None:
 
 
 def test_job_without_gpus_sees_none() -> None:
-    env = workload_environment(replace(REQUEST, env={"CUDA_VISIBLE_DEVICES": "0"}), "/d", {}, [], None)
+    env = workload_environment(replace(REQUEST, env={"CUDA_VISIBLE_DEVICES": "0"}), "/d", {}, None)
     assert env["CUDA_VISIBLE_DEVICES"] == env["NVIDIA_VISIBLE_DEVICES"] == ""
-    env = workload_environment(replace(REQUEST, gpu_uuids=("GPU-1", "GPU-2")), "/d", {}, [], None)
+    env = workload_environment(replace(REQUEST, gpu_uuids=("GPU-1", "GPU-2")), "/d", {}, None)
     assert env["CUDA_VISIBLE_DEVICES"] == env["NVIDIA_VISIBLE_DEVICES"] == "GPU-1,GPU-2"
 
 
 def test_checkpoint_only_if_there_is_one() -> None:
     assert "LESSOR_CHECKPOINT" not in workload_environment(
-        replace(REQUEST, env={"LESSOR_CHECKPOINT": "x"}), "/d", {}, [], None
+        replace(REQUEST, env={"LESSOR_CHECKPOINT": "x"}), "/d", {}, None
     )
-    env = workload_environment(replace(REQUEST, checkpoint=""), "/d", {}, [], None)
+    env = workload_environment(replace(REQUEST, checkpoint=""), "/d", {}, None)
     assert env["LESSOR_CHECKPOINT"] == ""
 
 
 def test_another_account_brings_its_own_home_and_the_job_has_the_last_word() -> None:
     account = pwd.struct_passwd(("ann", "x", 1000, 1000, "", "/home/ann", "/bin/zsh"))
-    env = workload_environment(replace(REQUEST, env={"SHELL": "/bin/sh"}), "/d", HOST, ["*"], account)
+    env = workload_environment(replace(REQUEST, env={"SHELL": "/bin/sh"}), "/d", host_environment(HOST, ["*"]), account)
     assert (env["HOME"], env["USER"], env["LOGNAME"], env["SHELL"]) == ("/home/ann", "ann", "ann", "/bin/sh")
 
 

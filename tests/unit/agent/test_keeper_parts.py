@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 
 from lessor_agent.boottime import boot_id, boottime_ns
 from lessor_agent.keeper import tree, zygote
-from lessor_agent.keeper.directory import Begun, LeaseDirectory, LockTaken, Outcome, make_lease_directory
+from lessor_agent.keeper.directory import LeaseDirectory, LockTaken, Outcome, make_lease_directory
 from lessor_agent.keeper.kernel import keeper_title, parse_keeper_title
 from lessor_agent.keeper.record import EXPIRED, DeadlineRecord
 from lessor_agent.keeper.tree import Process, all_processes, below, read_process, send
@@ -42,7 +44,8 @@ def test_clock_and_boot_id() -> None:
 
 
 def test_record_is_shared_and_only_moves_forward(directory: LeaseDirectory) -> None:
-    agent = directory.make_record(BOOT, 1000)
+    directory.make_record(BOOT, 1000)
+    agent = directory.map_record(BOOT)
     keeper = directory.map_record(BOOT)
     assert keeper.deadline_ns() == 1000
     agent.renew(2**62)
@@ -56,7 +59,7 @@ def test_record_is_shared_and_only_moves_forward(directory: LeaseDirectory) -> N
 
 
 def test_deadline_is_one_aligned_word(directory: LeaseDirectory) -> None:
-    directory.make_record(BOOT, 0x1122334455667788).close()
+    directory.make_record(BOOT, 0x1122334455667788)
     raw = Path(directory.path, "record").read_bytes()
     offset = raw.index((0x1122334455667788).to_bytes(8, sys.byteorder))
     assert offset % 8 == 0
@@ -64,7 +67,7 @@ def test_deadline_is_one_aligned_word(directory: LeaseDirectory) -> None:
 
 @pytest.mark.parametrize("change", ["magic", "boot", "lease", "zeros"])
 def test_record_not_to_be_trusted_is_expired(directory: LeaseDirectory, change: str) -> None:
-    directory.make_record(BOOT, 1000).close()
+    directory.make_record(BOOT, 1000)
     fd = directory.open_file("record", os.O_RDWR)
     record = DeadlineRecord(fd, 8 if change == "lease" else 7, OTHER_BOOT if change == "boot" else BOOT)
     if change == "magic":
@@ -83,16 +86,17 @@ def test_record_cut_short_cannot_be_mapped(directory: LeaseDirectory) -> None:
 
 
 def test_making_a_record_twice_keeps_the_one_a_keeper_looks_at(directory: LeaseDirectory) -> None:
-    directory.make_record(BOOT, 1000).close()
+    directory.make_record(BOOT, 1000)
     keeper = directory.map_record(BOOT)
-    directory.make_record(BOOT, 5000).close()
+    directory.make_record(BOOT, 5000)
     assert keeper.deadline_ns() == 5000
     keeper.close()
 
 
 def test_record_of_an_earlier_boot_is_replaced(directory: LeaseDirectory) -> None:
-    directory.make_record(OTHER_BOOT, 9000).close()
-    record = directory.make_record(BOOT, 1000)
+    directory.make_record(OTHER_BOOT, 9000)
+    directory.make_record(BOOT, 1000)
+    record = directory.map_record(BOOT)
     assert record.deadline_ns() == 1000
     record.close()
 
@@ -124,21 +128,87 @@ def test_outcome_is_whole_or_absent(directory: LeaseDirectory) -> None:
     assert read.start_error is not None
     assert read._replace(start_error=None) == written._replace(start_error=None)
     assert read.start_error.startswith("é" * 1000)
-    assert os.listdir(directory.path) == ["outcome"]
+    assert os.listdir(directory.path) == ["record"]
     directory.write_outcome(outcome(exit_code=1))
     assert directory.read_outcome() == outcome(exit_code=1)
 
 
-def test_damaged_outcome_is_an_error(directory: LeaseDirectory) -> None:
-    Path(directory.path, "outcome").write_text('{"version": 1}')
+def test_a_torn_or_damaged_outcome_is_none(directory: LeaseDirectory) -> None:
+    directory.write_outcome(outcome(exit_code=None, start_error="é" * 1000))
+    path = Path(directory.path, "record")
+    whole = path.read_bytes()
+    # What a crash leaves of a write: its first pages, or its last ones.
+    for torn in (whole[:8192] + bytes(len(whole) - 8192), whole[:4100]):
+        path.write_bytes(torn)
+        with pytest.raises(ValueError, match="damaged"):
+            directory.read_outcome()
+    path.write_bytes(whole[:4096] + bytes(4096) + whole[8192:])
+    assert directory.read_outcome() is None
+    path.write_bytes(whole)
+    assert directory.read_outcome() is not None
+
+
+def test_an_outcome_of_another_kind_is_an_error(directory: LeaseDirectory) -> None:
+    text = b'{"version": 1}'
+    header = struct.pack("=II", len(text), zlib.crc32(text))
+    Path(directory.path, "record").write_bytes(bytes(4096) + header + text)
     with pytest.raises(ValueError, match="not an outcome"):
         directory.read_outcome()
 
 
+def test_an_outcome_and_a_record_do_not_disturb_each_other(directory: LeaseDirectory) -> None:
+    directory.make_record(BOOT, 1000)
+    record = directory.map_record(BOOT)
+    directory.reserve_outcome()
+    record.note_begun(34)
+    directory.write_outcome(outcome(exit_code=5))
+    record.renew(2000)
+    directory.make_record(OTHER_BOOT, 3000)
+    assert directory.read_outcome() == outcome(exit_code=5)
+    assert directory.read_begun() == 34
+    record.close()
+
+
 def test_begun(directory: LeaseDirectory) -> None:
     assert directory.read_begun() is None
-    directory.write_begun(Begun(12, 34))
-    assert directory.read_begun() == Begun(12, 34)
+    directory.make_record(BOOT, 1000)
+    record = directory.map_record(BOOT)
+    assert directory.read_begun() is None
+    record.note_begun(34)
+    record.renew(2000)
+    assert directory.read_begun() == 34
+    assert record.deadline_ns() == 2000
+    record.close()
+
+
+@pytest.mark.parametrize("damage", [b"X", b"LESSORKR" + bytes(40)])
+def test_what_began_stays_so_when_its_record_is_made_anew(directory: LeaseDirectory, damage: bytes) -> None:
+    directory.make_record(OTHER_BOOT, 9000)
+    record = directory.map_record(OTHER_BOOT)
+    record.note_begun(34)
+    record.close()
+    fd = directory.open_file("record", os.O_RDWR)
+    os.pwrite(fd, damage, 0)
+    os.close(fd)
+    directory.make_record(BOOT, 1000)
+    anew = directory.map_record(BOOT)
+    assert anew.deadline_ns() == 1000
+    assert directory.read_begun() == 34
+    anew.close()
+
+
+def test_a_lock_is_held_whatever_becomes_of_the_record(directory: LeaseDirectory) -> None:
+    directory.make_record(BOOT, 1000)
+    directory.lock()
+    fd = directory.open_file("record", os.O_RDWR)
+    os.ftruncate(fd, 0)
+    os.close(fd)
+    other = LeaseDirectory(directory.path, 7)
+    other.make_record(BOOT, 2000)
+    assert other.locked()
+    with pytest.raises(LockTaken):
+        other.lock()
+    other.close()
 
 
 def test_deleted(directory: LeaseDirectory) -> None:
