@@ -42,6 +42,15 @@ LEADER_TICK_MAX = timedelta(seconds=1)
 LEADER_TAKEOVER = timedelta(milliseconds=1500)
 """A leader that has not advanced for this long is replaced."""
 
+STORM_MIN_SESSIONS = 10
+"""At most so many silent sessions are never a storm, however small the fleet."""
+
+STORM_SHARE = 0.5
+"""More than this share of the sessions that hold leases, silent at once, is a storm."""
+
+STORM_BRAKE_MAX = timedelta(seconds=60)
+"""Lease time stands still in a storm for at most so long, unless the server's configuration says otherwise."""
+
 DEFAULT_MAX_FAILURES = 1
 DEFAULT_MAX_LOSSES = 10
 DEFAULT_BACKOFF_INITIAL = timedelta(seconds=1)

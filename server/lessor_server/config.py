@@ -5,17 +5,24 @@ from __future__ import annotations
 import ipaddress
 import socket
 from datetime import timedelta
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, PlainSerializer
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from lessor import timing
 from lessor.address import DEFAULT_ADDRESS, Address, parse_address
 from lessor.errors import InvalidArgument
 from lessor.log import LogFormat
+from lessor.units import format_duration, parse_duration
 from lessor_server.maintenance.housekeeping import Retention
 
 MAX_WORKERS = 64
 """More processes than this on one host are taken for a mistake."""
+
+
+Duration = Annotated[timedelta, BeforeValidator(parse_duration), PlainSerializer(format_duration, when_used="json")]
+"""Written as everywhere else, ``1m30s``, a bare number being seconds; a worker reads it as its parent wrote it."""
 
 
 class ServerSettings(BaseSettings):
@@ -37,6 +44,8 @@ class ServerSettings(BaseSettings):
     log_level: str = "info"
     keep_jobs_days: int = Field(default=90, ge=1)
     """Ended jobs, their attempts and logs are kept this long."""
+    storm_brake_max: Duration = Field(default=timing.STORM_BRAKE_MAX, le=timedelta(hours=1))
+    """Lease time stands still for at most so long while most agents are silent at once; 0: it never does."""
 
     @property
     def retention(self) -> Retention:

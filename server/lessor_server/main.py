@@ -1,4 +1,4 @@
-"""``lessor server``: runs a server, or migrates its database."""
+"""``lessor server``: runs a server, migrates its database, or recovers it."""
 
 from __future__ import annotations
 
@@ -42,6 +42,10 @@ class StartError(Exception):
     """The server cannot start or go on; the message says why and what to do."""
 
 
+class Refused(Exception):
+    """The command was understood and cannot be carried out as things are; the message says why and what to do."""
+
+
 def _settings(**flags: Any) -> ServerSettings:
     try:
         settings = ServerSettings(**{name: value for name, value in flags.items() if value is not None})
@@ -75,6 +79,13 @@ def serve(
         int | None, typer.Option(help="Database connections in each of a process's two pools  [default: 10]")
     ] = None,
     keep_jobs_days: Annotated[int | None, typer.Option(help="Keep ended jobs this long  [default: 90]")] = None,
+    storm_brake_max: Annotated[
+        str | None,
+        typer.Option(
+            help="Let lease time stand still at most this long while most agents are silent at once; 0: never  "
+            "[default: 1m]"
+        ),
+    ] = None,
     log_format: Annotated[str | None, typer.Option(help="console or json  [default: console]")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error  [default: info]")] = None,
 ) -> None:
@@ -88,6 +99,7 @@ def serve(
         workers=workers,
         pool_size=pool_size,
         keep_jobs_days=keep_jobs_days,
+        storm_brake_max=storm_brake_max,
         log_format=log_format,
         log_level=log_level,
     )
@@ -106,6 +118,24 @@ def migrate_command(database_url: DatabaseUrl = None) -> None:
     settings = _settings(database_url=database_url)
     migrate.upgrade(settings.database_url)
     typer.echo(f"the database is at schema {migrate.head_revision()}")
+
+
+@app.command("recover")
+def recover_command(database_url: DatabaseUrl = None) -> None:
+    """Makes a database that lost commits safe to serve. Stop every server first.
+
+    Run it after a fail-over to a standby that was behind, and after a backup was restored, before the first server
+    starts: it raises the numbers of leases, sessions and terms above all that agents may still hold. It takes some
+    3 s, in which it makes sure that no server is alive. Running it twice, or without need, is harmless.
+    """
+    from lessor_server.store.recover import RecoveryRefused, recover
+
+    settings = _settings(database_url=database_url)
+    try:
+        done = asyncio.run(recover(settings.database_url))
+    except RecoveryRefused as error:
+        raise Refused(str(error)) from None
+    typer.echo(str(done))
 
 
 def configure_logging(settings: ServerSettings) -> None:
@@ -173,6 +203,8 @@ def outcome(run: Callable[[], object]) -> tuple[int, str]:
         run()
     except (StartError, ListenError, ValueError) as error:
         return 2, str(error)
+    except Refused as error:
+        return 1, str(error)
     except worker_processes.WorkerError as error:
         return error.code, str(error)
     except DatabaseUnavailable as error:

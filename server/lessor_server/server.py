@@ -16,6 +16,7 @@ from lessor_server.config import ListenError, ServerSettings, parse_listen
 from lessor_server.maintenance.housekeeping import Housekeeping
 from lessor_server.maintenance.leadership import Leadership
 from lessor_server.maintenance.reaper import Reaper
+from lessor_server.maintenance.storm_brake import StormBrake
 from lessor_server.planner.model import Policy
 from lessor_server.rpc.endpoint import Endpoint
 from lessor_server.services.jobs import Jobs
@@ -77,7 +78,9 @@ class Server:
         readings = GpuReadings(self._database)
         delivery = Delivery(self._database, streams, bells)
         wakeups = Wakeups(self._database.url, bells, self.replica)
-        self._leadership = Leadership(self._database, self.replica, time.monotonic)
+        self._leadership = Leadership(
+            self._database, self.replica, time.monotonic, StormBrake(self.settings.storm_brake_max)
+        )
         policy = Policy()
         lines = Lines(self._database, catalog, bells)
         picture = Picture(self._database, bells, policy)

@@ -14,12 +14,17 @@ from lessor_server.bells import Bells
 from lessor_server.domain.errors import LessorServerError
 from lessor_server.domain.states import JobState
 from lessor_server.maintenance.leadership import Leadership
+from lessor_server.maintenance.storm_brake import FEW
 from lessor_server.store.database import Database
 from lessor_server.store.reports import finish_drained
 
 logger = logging.getLogger(__name__)
 
+_MS = timedelta(milliseconds=1)
 _MAX_LEASES_PER_STATEMENT = 1000
+_EXPIRIES_PER_LOOK = 4
+"""At most so many expire statements, and a second of lease time, lie between two looks for a storm."""
+_LOOK_EVERY_MS = 1000
 _SLOW_CHECKS_EVERY = 4
 """Ticks between looks at what is not urgent."""
 
@@ -48,6 +53,9 @@ class Reaper:
         self._bells = bells
         self._now = now
         self._ticks = 0
+        self._looked_epoch: int | None = None
+        self._looked_clock_ms = 0
+        self._expiries_since_look = 0
 
     async def run(self) -> None:
         """Reaps until cancelled; rests while another replica leads."""
@@ -72,7 +80,7 @@ class Reaper:
         changed |= bool(await self._database.fetch("promote", epoch=epoch, now=self._now))
         changed |= await self._time_out_queued(epoch)
         if self._ticks % _SLOW_CHECKS_EVERY == 0:
-            offer_ttl_ms = timing.OFFER_TTL // timedelta(milliseconds=1)
+            offer_ttl_ms = timing.OFFER_TTL // _MS
             asked = await self._database.fetch("ask_back", epoch=epoch, now=self._now, offer_ttl_ms=offer_ttl_ms)
             finished = await finish_drained(self._database, now=self._now)
             self._ring_logs(finished)
@@ -84,11 +92,17 @@ class Reaper:
     async def _expire(self, epoch: int) -> bool:
         any_expired = False
         while True:
+            if self._look_is_due(epoch):
+                await self._look_for_storm(epoch)
+            self._expiries_since_look += 1
+            if self._leadership.brake.holds:
+                # Lease time stands still. What was due before it did waits as well: in a storm nobody's silence tells.
+                return any_expired
             rows = await self._database.fetch(
                 "expire",
                 epoch=epoch,
                 now=self._now,
-                min_wait_ms=(timing.MIN_TTL + timing.margin(timing.MIN_TTL)) // timedelta(milliseconds=1),
+                min_wait_ms=(timing.MIN_TTL + timing.margin(timing.MIN_TTL)) // _MS,
                 max_leases=_MAX_LEASES_PER_STATEMENT,
                 error=LEASE_EXPIRED,
             )
@@ -101,6 +115,27 @@ class Reaper:
             any_expired |= bool(rows)
             if len(rows) < _MAX_LEASES_PER_STATEMENT:
                 return any_expired
+
+    def _look_is_due(self, epoch: int) -> bool:
+        """Returns whether the sessions must be looked at before anything may expire.
+
+        By lease time and not only by turns: however long a turn took, no lease goes from
+        being heard of to being lost without a look in between.
+        """
+        return not self._leadership.brake.is_off and (
+            epoch != self._looked_epoch
+            or self._expiries_since_look >= _EXPIRIES_PER_LOOK
+            or self._leadership.clock_ms - self._looked_clock_ms >= _LOOK_EVERY_MS
+        )
+
+    async def _look_for_storm(self, epoch: int) -> None:
+        clock_ms = self._leadership.clock_ms
+        (row,) = await self._database.fetch("count_silent", intervals=timing.SESSION_FRESH_INTERVALS, few=FEW)
+        if self._leadership.epoch != epoch:
+            # The next term looks for itself.
+            return
+        self._leadership.brake.see(row["silent"], row["holding"])
+        self._looked_epoch, self._looked_clock_ms, self._expiries_since_look = epoch, clock_ms, 0
 
     async def _time_out_queued(self, epoch: int) -> bool:
         rows: list[asyncpg.Record] = await self._database.fetch(

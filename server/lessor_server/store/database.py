@@ -40,11 +40,22 @@ SESSION_SETTINGS = {
     "max_parallel_workers_per_gather": "0",
 }
 
-VITAL = frozenset({"tick", "read_leader", "take_over", "renew_term", "resign", "renew", "claim", "expire"})
+VITAL = frozenset(
+    {"tick", "read_leader", "take_over", "renew_term", "resign", "renew", "claim", "count_silent", "expire"}
+)
 """Statements that keep leases alive. They have connections of their own, so that
 no burst of requests makes them wait: a late renewal ends a healthy job."""
 
 VITAL_CONNECTIONS = 4
+
+SHORT_TIMEOUT_S = 5.0
+"""A statement of milliseconds that takes so long waits on a dead connection: a host that vanished says nothing.
+As long again the driver waits for word that it was cancelled, then the connection is dropped."""
+
+_LARGE_BATCHES = frozenset({"claim", "expire"})
+"""The vital statements that may rightly take longer."""
+
+_TIMEOUT_S = 60.0
 
 # A connection that is gone, a server that stops or starts, or a standby.
 _UNAVAILABLE = (
@@ -107,8 +118,8 @@ async def _left_as_it_is(connection: asyncpg.Connection) -> None:
     """
 
 
-async def _open_pool(url: str, size: int) -> asyncpg.Pool:
-    """Opens a pool of at most ``size`` connections.
+async def _open_pool(url: str, size: int, timeout_s: float = _TIMEOUT_S) -> asyncpg.Pool:
+    """Opens a pool of at most ``size`` connections, on which a statement may take ``timeout_s``.
 
     Raises:
         DatabaseUnavailable: Nobody answers there, or it refuses us.
@@ -121,7 +132,7 @@ async def _open_pool(url: str, size: int) -> asyncpg.Pool:
             max_inactive_connection_lifetime=300,
             server_settings=SESSION_SETTINGS,
             timeout=5,
-            command_timeout=60,
+            command_timeout=timeout_s,
             init=_read_json,
             reset=_left_as_it_is,
         )
@@ -162,7 +173,7 @@ class Database:
         pools: list[asyncpg.Pool] = []
         try:
             pools.append(await _open_pool(url, pool_size))
-            pools.append(await _open_pool(url, VITAL_CONNECTIONS))
+            pools.append(await _open_pool(url, VITAL_CONNECTIONS, SHORT_TIMEOUT_S))
             # Reads of jobs, lists and events: however many are asked for, they hold up no write.
             pools.append(await _open_pool(url, pool_size // 2))
         except BaseException:
@@ -175,7 +186,7 @@ class Database:
             max_overflow=0,
             pool_timeout=10,
             pool_recycle=300,
-            connect_args={"server_settings": SESSION_SETTINGS, "timeout": 5, "command_timeout": 60},
+            connect_args={"server_settings": SESSION_SETTINGS, "timeout": 5, "command_timeout": _TIMEOUT_S},
         )
         pool, vital, reading = pools
         return cls(url, pool, vital, reading, engine)
@@ -202,9 +213,16 @@ class Database:
         arguments = query.arguments(values)
 
         pool = self._vital if name in VITAL else self.pool
+        timeout_s = _TIMEOUT_S if name in _LARGE_BATCHES else None
 
         async def run() -> list[asyncpg.Record]:
-            return await pool.fetch(query.text, *arguments)
+            try:
+                return await pool.fetch(query.text, *arguments, timeout=timeout_s)
+            except TimeoutError:
+                # What happened to this connection happened to all: were each found out by a
+                # statement of its own, no agent would be renewed in the meantime.
+                await pool.expire_connections()
+                raise
 
         return await guarded(run)
 

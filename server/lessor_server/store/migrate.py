@@ -11,6 +11,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, pool
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from lessor_server.domain.errors import DatabaseUnavailable, SchemaMismatch
@@ -46,7 +47,8 @@ def upgrade(database_url: str) -> None:
     Raises:
         ValueError: The URL is not one of PostgreSQL.
         DatabaseUnavailable: Nobody answers there, or it refuses us.
-        SchemaMismatch: PostgreSQL is too old, or the schema is newer than this code.
+        SchemaMismatch: PostgreSQL is too old, the schema is newer than this code, or a
+            table it changes is held by somebody; nothing was changed.
     """
     asyncio.run(_upgrade(database_url))
 
@@ -64,6 +66,14 @@ async def _upgrade(database_url: str) -> None:
         try:
             async with engine.begin() as connection:
                 await connection.run_sync(_run_alembic)
+        except DBAPIError as error:
+            if error.orig is not None and isinstance(error.orig.__cause__, asyncpg.LockNotAvailableError):
+                # Better than to wait: whoever comes after us would wait behind us.
+                raise SchemaMismatch(
+                    f"the schema could not be changed now ({error.orig.__cause__}): another session holds a table; "
+                    "nothing was changed, run `lessor server migrate` again"
+                ) from error
+            raise
         finally:
             await engine.dispose()
         await ensure_partitions(guard)
@@ -107,8 +117,17 @@ async def check(pool_: asyncpg.Pool) -> None:
         SchemaMismatch: It does not; the message names the command that helps.
     """
     async with pool_.acquire() as connection:
-        await _refuse_newer(connection)
-        current = await current_revision(connection)
+        await check_connection(connection)
+
+
+async def check_connection(connection: asyncpg.Connection | Any) -> None:
+    """Does what :func:`check` does, on one connection.
+
+    Raises:
+        SchemaMismatch: The database holds another schema; the message names the command that helps.
+    """
+    await _refuse_newer(connection)
+    current = await current_revision(connection)
     if current != head_revision():
         state = "holds no Lessor schema" if current is None else f"has schema {current}"
         raise SchemaMismatch(

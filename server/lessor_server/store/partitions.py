@@ -38,6 +38,15 @@ def lease_bounds(day: int) -> tuple[int, int]:
     return day << _LEASE_SHIFT, (day + 1) << _LEASE_SHIFT
 
 
+def lease_number_at(at: datetime) -> int:
+    """Returns the lease number that stands for ``at`` when a day's range is spread evenly over the day.
+
+    The numbers handed out by then are below it, for each day begins at the start of its
+    range: up to 2**32 a day, 49,710 leases a second.
+    """
+    return (int(at.timestamp() * 1000) << _LEASE_SHIFT) // _MS_PER_DAY
+
+
 def day_of_job(number: int) -> int:
     """Returns the UTC day of the submit of job ``number``: the day of its partition."""
     return (number >> _JOB_SHIFT) // _MS_PER_DAY
@@ -117,11 +126,18 @@ async def roll_lease_numbers(connection: asyncpg.Connection | Any, now: datetime
     """
     now = now or await connection.fetchval("SELECT now()")
     first, _ = lease_bounds(day_of(now))
-    async with connection.transaction():
-        await connection.execute("SELECT FROM leader FOR UPDATE")
-        last = await connection.fetchval("SELECT last_value FROM lease_number")
-        if last < first:
-            await connection.execute("SELECT setval('lease_number', $1)", first)
+    # One message, not a transaction of several: a process that is stopped between two of
+    # them would hold the row, and nobody could take the lead from it.
+    await connection.execute(
+        f"""
+        DO $$ BEGIN
+            PERFORM FROM leader FOR UPDATE;
+            IF (SELECT last_value FROM lease_number) < {first} THEN
+                PERFORM setval('lease_number', {first});
+            END IF;
+        END $$
+        """
+    )
 
 
 async def expired_partitions(

@@ -113,6 +113,7 @@ leader = _table(
     _required("holder", Text),
     _required("clock", BigInteger),
     _required("beat", BigInteger),
+    _required("stood_ms", BigInteger),
 )
 
 session = _table(

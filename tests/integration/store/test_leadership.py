@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from lessor import timing
 from lessor_server.maintenance.leadership import Leadership
 from lessor_server.store.database import Database
 from tests.support.store import Store
@@ -117,3 +120,22 @@ async def test_a_leader_that_resigns_is_followed_at_once(store: Store) -> None:
     await one.resign()
     await two.step()
     assert two.epoch is not None
+
+
+async def test_a_follower_looks_sooner_when_the_leaders_time_is_nearly_up(store: Store) -> None:
+    """Or a take-over would take up to a tick longer than it must."""
+    clock = Clock()
+    candidate = await fresh(store, "candidate", clock)
+    tick_s = timing.LEADER_TICK.total_seconds()
+    assert candidate.rest_s() == tick_s
+    await candidate.step()
+    assert candidate.rest_s() == tick_s
+    clock.now_s += timing.LEADER_TAKEOVER.total_seconds() - 0.1
+    assert candidate.rest_s() == pytest.approx(0.1)
+    clock.now_s += 0.0995
+    assert candidate.rest_s() == pytest.approx(0.01)
+    # What has not succeeded yet, because the database is away, is tried at the usual pace.
+    clock.now_s += 10
+    assert candidate.rest_s() == tick_s
+    await candidate.step()
+    assert candidate.rest_s() == tick_s

@@ -353,7 +353,7 @@ async def test_an_old_leader_claims_and_expires_nothing(store: Store) -> None:
     await store.set_clock(10_000_000)
     assert await store.claim([two], session, epoch=old) == []
     assert await store.expire(epoch=old) == []
-    assert await store.database.fetch("tick", epoch=old, elapsed_ms=5) == []
+    assert await store.database.fetch("tick", epoch=old, elapsed_ms=5, stood_ms=0) == []
 
 
 async def test_a_checkpoint_reaches_the_next_attempt(store: Store) -> None:

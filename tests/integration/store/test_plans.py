@@ -17,6 +17,8 @@ LARGE = ("job", "attempt", "ready", "delayed", "lease", "lease_gpu", "log_chunk"
 ALLOWED = {
     ("ask_back", "lease"): "live leases only, once a second",
     ("finish_drained", "lease"): "the leader's sweep over live leases, once a second",
+    ("count_silent", "session"): "as expire does, once a second",
+    ("count_silent", "lease"): "only while more than a few sessions are silent, once a second",
     ("expire", "session"): "one narrow row per agent, no index on the time keeps renewals HOT",
 }
 
