@@ -3,7 +3,8 @@
 One thread owns the database. Transactions that are submitted while one commits
 share the next: one fsync for all of them (group commit). A journal that cannot
 be written refuses each transaction, and the agent then takes no new work; it
-goes on with what it has, and each later transaction tries again.
+goes on with what it has, and each later transaction tries again. So does one
+that could be read, but not written, when the agent came: on a full disk, say.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,8 @@ class Journal:
         """Makes a journal over the file ``path``; :meth:`open` reads it."""
         self._path = path
         self._database: sqlite3.Connection | None = None
+        self._boot_id: str | None = None
+        """To be noted before anything else is written; None: it is."""
         self._error: str | None = "the journal is not open"
         self._queue: queue.SimpleQueue[tuple[int, Sequence[Entry], Done] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -103,20 +106,18 @@ class Journal:
     def open(self, boot_id: str) -> Contents:
         """Opens the file, making it if it is missing, notes ``boot_id`` and returns what it held.
 
+        What it held is returned although it cannot be written, as long as it can be
+        read: jobs that run are not given up for want of room.
+
         Raises:
-            JournalUnavailable: It is corrupt, of a newer version, or cannot be
-                written. The journal then refuses every transaction.
+            JournalUnavailable: It is corrupt, of a newer version, or new and
+                cannot be made. The journal then refuses every transaction.
         """
         try:
-            self._database = self._connect()
-            contents = self._read(self._database)
-            with self._database:
-                self._set_meta(self._database, "boot_id", boot_id)
+            contents = self._open(boot_id)
         except (sqlite3.Error, OSError, ValueError) as error:
             self._error = f"the journal {self._path} cannot be used: {error}"
-            if self._database is not None:
-                self._database.close()
-                self._database = None
+            self._drop()
             raise JournalUnavailable(self._error) from error
         else:
             self._error = None
@@ -124,6 +125,40 @@ class Journal:
         finally:
             self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
             self._thread.start()
+
+    def _open(self, boot_id: str) -> Contents:
+        self._boot_id = boot_id
+        try:
+            self._database = self._connect()
+        except (sqlite3.OperationalError, OSError) as error:
+            contents = self._read_as_it_lies()
+            if contents is None:
+                raise
+            self._report(f"the journal {self._path} cannot be opened: {error}")
+            return contents
+        before = self._read(self._database)
+        try:
+            self._make_ready(self._database)
+        except (sqlite3.Error, OSError) as error:
+            if before is None:
+                raise
+            self._report(f"the journal {self._path} cannot be written: {error}")
+            return before
+        return replace(self._read(self._database) or Contents(), boot_id=before.boot_id if before else "")
+
+    def _read_as_it_lies(self) -> Contents | None:
+        """Returns what it holds, read without the files that SQLite wants to make beside it; None: nobody can tell."""
+        wal = Path(f"{self._path}-wal")
+        if not self._path.exists() or (wal.exists() and wal.stat().st_size):
+            return None
+        with contextlib.closing(sqlite3.connect(f"{self._path.as_uri()}?mode=ro&immutable=1", uri=True)) as database:
+            return self._read(database)
+
+    def _drop(self) -> None:
+        if self._database is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._database.close()
+            self._database = None
 
     def submit(self, ticket: int, entries: Sequence[Entry], done: Done) -> None:
         """Has ``entries`` committed in one transaction, after all that were submitted before. Never blocks."""
@@ -135,10 +170,7 @@ class Journal:
             self._queue.put(None)
             self._thread.join()
             self._thread = None
-        if self._database is not None:
-            with contextlib.suppress(sqlite3.Error):
-                self._database.close()
-            self._database = None
+        self._drop()
 
     # ── the thread ───────────────────────────────────────────────────────────
 
@@ -163,9 +195,12 @@ class Journal:
                 done(ticket, error)
 
     def _commit(self, entries: Sequence[Entry]) -> str | None:
-        if self._database is None:
+        if self._error is not None:
             return self._error
         try:
+            if self._database is None:
+                self._database = self._connect()
+            self._make_ready(self._database)
             with self._database:
                 self._database.execute("BEGIN IMMEDIATE")
                 for entry in entries:
@@ -174,19 +209,21 @@ class Journal:
                 if last_seq:
                     self._set_meta(self._database, "last_seq", str(last_seq))
         except (sqlite3.Error, OSError) as failure:
-            with contextlib.suppress(sqlite3.Error):
-                self._database.rollback()
-            error = f"the journal {self._path} cannot be written: {failure}"
-            if error != self._reported:
-                log.error(
-                    "journal unavailable: no new work is taken", extra={"event": "journal_failed", "error": error}
-                )
-            self._reported = error
-            return error
+            if self._database is not None:
+                with contextlib.suppress(sqlite3.Error):
+                    self._database.rollback()
+            return self._report(f"the journal {self._path} cannot be written: {failure}")
         if self._reported is not None:
             log.info("journal available again", extra={"event": "journal_recovered"})
             self._reported = None
         return None
+
+    def _report(self, error: str) -> str:
+        """Says once why nothing can be written; returns it."""
+        if error != self._reported:
+            log.error("journal unavailable: no new work is taken", extra={"event": "journal_failed", "error": error})
+        self._reported = error
+        return error
 
     def _write(self, database: sqlite3.Connection, entry: Entry) -> None:
         match entry:
@@ -219,7 +256,8 @@ class Journal:
 
     def _connect(self) -> sqlite3.Connection:
         # Commands and their variables are in it. What SQLite puts beside the file takes over its mode.
-        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _OWNER_ONLY))
+        if not self._path.exists():
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _OWNER_ONLY))
         for suffix in ("", "-wal", "-shm"):
             with contextlib.suppress(OSError):
                 os.chmod(f"{self._path}{suffix}", _OWNER_ONLY)
@@ -236,13 +274,20 @@ class Journal:
                     "it was written by a newer version of the agent "
                     f"(schema {version}, this one knows {SCHEMA_VERSION})"
                 )
-            database.executescript(_SCHEMA)
-            database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            self._prune(database)
         except BaseException:
             database.close()
             raise
         return database
+
+    def _make_ready(self, database: sqlite3.Connection) -> None:
+        """Does what is to be written once, before anything else is."""
+        if self._boot_id is None:
+            return
+        database.executescript(_SCHEMA)
+        database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        self._prune(database)
+        self._set_meta(database, "boot_id", self._boot_id)
+        self._boot_id = None
 
     def _prune(self, database: sqlite3.Connection) -> None:
         database.execute("DELETE FROM tombstone WHERE made_at < ?", (int(time.time()) - MAX_TOMBSTONE_AGE_S,))
@@ -252,7 +297,10 @@ class Journal:
             (MAX_TOMBSTONES,),
         )
 
-    def _read(self, database: sqlite3.Connection) -> Contents:
+    def _read(self, database: sqlite3.Connection) -> Contents | None:
+        """Returns what it holds; None: it is new."""
+        if not _rows(database, "SELECT 1 FROM sqlite_master WHERE name = 'tombstone'"):
+            return None
         meta = dict(_rows(database, "SELECT key, value FROM meta"))
         leases = tuple(
             JournalledLease(

@@ -54,6 +54,9 @@ EXIT_GRACE = timedelta(seconds=2)
 MAX_LOG_MESSAGE_BYTES = 256 * 1024
 """Log bytes per message: what a heartbeat may have to wait behind."""
 
+HEAR_OF_ENDS_S = 3.0
+"""What jobs wrote that ended while no agent was here is read for so long, at most, before the first Hello."""
+
 MAX_SHORT_LOOKS = 20
 SHORT_LOOK_PAUSE_S = 0.5
 """What an ended job wrote is looked for this often, and with this pause, while the host lacks file descriptors."""
@@ -122,7 +125,7 @@ class Supervisor:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ns = 0
         self._release_waits = False
-        self._perform: dict[type[act.Action], Callable[[Any], None]] = {
+        self._perform: dict[type[act.Action], Callable[[Any], object]] = {
             act.Send: self._send,
             act.SendLog: self._send_log,
             act.Journal: lambda action: journal.submit(action.ticket, action.entries, self._journal_done),
@@ -151,14 +154,15 @@ class Supervisor:
         # One thread: an output file is never closed while it is being read.
         self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
         try:
-            for lease_id, execution in self._adopted.executions.items():
-                self._attend(lease_id, execution, rebooted=self._adopted.rebooted)
             for lease_id, execution in self._adopted.stuck.items():
                 self._spawn(self._await_stray(lease_id, execution), f"stray-{lease_id}")
             self._spawn(self._send_logs(), "log-sender")
             self._spawn(self._watch_gpus(), "gpus")
             self._core.hold()
-            self._do(self._core.start(self._clock_ns()))
+            self._do(self._core.restore(self._clock_ns()))
+            await self._attend_adopted()
+            if not self._stopping.is_set():
+                self._do(self._core.start(self._clock_ns()))
             await self._stopping.wait()
             if self._crash is None and not self._keeps_jobs:
                 await self._end_jobs()
@@ -339,7 +343,23 @@ class Supervisor:
             # Its lease is over and answered: what is left costs disk, nothing else.
             log.exception("files of an ended job remain", extra={"event": "forget", "lease_id": lease_id})
 
-    def _attend(self, lease_id: int, execution: Execution, *, rebooted: bool) -> None:
+    async def _attend_adopted(self) -> None:
+        """Follows what was found, and has what ended while no agent was here be known before the first Hello.
+
+        Where its lease has expired meanwhile and its job waits again, the Hello that
+        says so keeps the job from being given to somebody else before its end is told.
+        """
+        over = []
+        for lease_id, execution in self._adopted.executions.items():
+            ended = execution.ended
+            follower = self._attend(lease_id, execution, rebooted=self._adopted.rebooted)
+            if ended:
+                over.append(follower)
+        if over:
+            await asyncio.wait(over, timeout=HEAR_OF_ENDS_S)
+
+    def _attend(self, lease_id: int, execution: Execution, *, rebooted: bool) -> asyncio.Task[None]:
+        """Follows an execution; returns the task that reports what it writes, and its end."""
         output = OutputReader(execution.output, lease_id)
         changed = asyncio.Event()
         files: tuple[Path, ...] = (execution.output.stdout, execution.output.stderr, execution.output.events)
@@ -349,7 +369,7 @@ class Supervisor:
         changed.set()
         self._attempts[lease_id] = attempt
         self._spawn(self._await_end(attempt), f"wait-{lease_id}")
-        self._spawn(self._follow(lease_id, attempt), f"follow-{lease_id}")
+        return self._spawn(self._follow(lease_id, attempt), f"follow-{lease_id}")
 
     async def _await_end(self, attempt: Attempt) -> None:
         try:
@@ -457,10 +477,11 @@ class Supervisor:
     async def _in_disk_thread(self, call: Callable[[], T]) -> T:
         return await self._loop.run_in_executor(self._disk, call)
 
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._task_done)
+        return task
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

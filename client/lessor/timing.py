@@ -27,6 +27,9 @@ DEFAULT_GRACE = timedelta(seconds=10)
 OFFER_TTL = timedelta(seconds=10)
 """An offer that is not accepted for this long is asked back."""
 
+END_COMES = timedelta(seconds=5)
+"""A waiting job is kept for so long for the agent that is back and says that it has finished it."""
+
 SESSION_FRESH_INTERVALS = 2
 """A session that has not renewed for this many heartbeat intervals gets no new jobs."""
 

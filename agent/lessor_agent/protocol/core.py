@@ -142,8 +142,13 @@ class AgentCore:
         """Durable events that the server has not acked."""
         return len(self._desk.events)
 
+    def restore(self, now_ns: int) -> list[Action]:
+        """Takes up what was restored, so that it can be told of before :meth:`start`: of ends, above all."""
+        self._leases.settle_restored(now_ns)
+        return self._finish(now_ns)
+
     def start(self, now_ns: int) -> list[Action]:
-        """Settles what was restored and opens the first stream."""
+        """Takes up what was restored, unless :meth:`restore` has, and opens the first stream."""
         self._leases.settle_restored(now_ns)
         self._session.retry_at_ns = now_ns
         return self.tick(now_ns)

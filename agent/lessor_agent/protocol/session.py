@@ -24,6 +24,10 @@ SILENT_AT_LEAST_NS = 3_000_000_000
 """A stream on which no heartbeat was acked for this many intervals is given up."""
 
 
+NEVER_NS = (1 << 63) - 1
+"""Later than any time."""
+
+
 class Link(StrEnum):
     """Where the connection stands."""
 
@@ -53,7 +57,8 @@ class Session:
     epoch: int = 0
     attempts: int = 0
     """Streams lost since the last Welcome."""
-    retry_at_ns: int = 0
+    retry_at_ns: int = NEVER_NS
+    """No stream is opened before this time; before the start, none at all."""
     hello_sent_ns: int = 0
     renewed_ns: int = 0
     """Send time of the last heartbeat, or Hello, that the server has committed."""

@@ -151,6 +151,11 @@ class Execution(ABC):
     async def wait(self) -> Exit:
         """Returns how it ended, once its whole tree is gone. May be called again, and by several tasks."""
 
+    @property
+    @abstractmethod
+    def ended(self) -> bool:
+        """Whether :meth:`wait` would return at once."""
+
     @abstractmethod
     async def stop(self, cause: StopCause, grace: timedelta | None = None) -> None:
         """Asks it to stop: SIGTERM and the cancel file, SIGKILL of the whole tree after ``grace``.

@@ -148,7 +148,7 @@ class ProcessExecution(Execution):
 
     @property
     def ended(self) -> bool:
-        """Whether :meth:`wait` would return at once."""
+        """Whether it has ended; see :meth:`Execution.ended`."""
         return self._exit.done()
 
     # -- the keeper ------------------------------------------------------------

@@ -66,6 +66,11 @@ class ScriptedExecution(Execution):
         self._host.changed()
         return True
 
+    @property
+    def ended(self) -> bool:
+        """See :class:`Execution`."""
+        return self.exit is not None or self._vanished
+
     async def wait(self) -> Exit:
         """See :class:`Execution`."""
         waiter = asyncio.Event()

@@ -25,7 +25,7 @@ from lessor_server.sessions.delivery import Delivery
 from lessor_server.sessions.readings import GpuReadings
 from lessor_server.sessions.stream import AgentStream, Streams
 from lessor_server.store.database import Database
-from lessor_server.store.hello import commit_session, take_standing
+from lessor_server.store.hello import commit_session, hold_back, take_standing
 from lessor_server.store.logs import Chunk, Position
 from lessor_server.store.reports import Report, Verdict
 
@@ -154,6 +154,7 @@ class AgentServicer(agent_service_pb2_grpc.AgentServiceServicer):
         except ValueError as error:
             raise ProtocolViolation(hello.agent_name, f"said hello with a bad value: {error}") from None
         self._streams.remove(stream)
+        await self._own_task(hold_back(self._database, hello.agent_id, held))
         session = await self._own_task(commit_session(self._database, facts, hello.session_id, self._replica))
         standing = await self._own_task(take_standing(self._database, hello.agent_id, session, held))
         stream.agent_id, stream.agent_name = hello.agent_id, hello.agent_name

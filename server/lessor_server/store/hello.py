@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from lessor import timing
 from lessor.lifecycle import LeasePhase, Outcome
 from lessor_server.domain.errors import AgentIdentityInUse
 from lessor_server.store.database import Database
@@ -168,6 +169,32 @@ def _same_hardware(facts: AgentFacts, hardware_id: str, gpu_uuids: Sequence[str]
     if now and gpu_uuids:
         return now == sorted(gpu_uuids)
     return None
+
+
+async def hold_back(database: Database, agent_id: str, held: Sequence[Held], now: datetime | None = None) -> None:
+    """Keeps jobs that wait from being given to anybody while the agent that has finished them reports it.
+
+    Call it before the agent's session is committed, which may have it given jobs.
+
+    Args:
+        database: The store.
+        agent_id: The agent.
+        held: As it lists them.
+        now: The time; None: the database's clock.
+
+    Raises:
+        DatabaseUnavailable: The agent says Hello again.
+    """
+    ended = [h for h in held if h.phase is LeasePhase.DRAINING]
+    if ended:
+        await database.fetch(
+            "hold_back",
+            now=now,
+            agent_id=agent_id,
+            job_ids=[h.job_number for h in ended],
+            lease_ids=[h.lease_id for h in ended],
+            pause=timing.END_COMES,
+        )
 
 
 async def take_standing(database: Database, agent_id: str, session: SessionGrant, held: Sequence[Held]) -> Standing:

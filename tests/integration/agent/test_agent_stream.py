@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lessor.lifecycle import Outcome
+from lessor.lifecycle import LeasePhase, Outcome
 from lessor.v1 import agent_service_pb2 as pb
 from lessor_agent import adoption
 from lessor_agent.adoption import adopt
@@ -121,6 +121,25 @@ async def test_heartbeats_renew_and_carry_gpu_readings(bench: Bench) -> None:
         await bench.host.until(lambda: job.deadline_ns > before_ns)
         await server.until(lambda: any(beat.gpus and 1 in beat.lease_ids for beat in server.heartbeats()))
     assert server.heartbeats()[-1].gpus[0] == reading
+
+
+async def test_what_ended_while_no_agent_was_there_is_said_with_the_first_hello(bench: Bench) -> None:
+    async with bench.agent():
+        server = await bench.server.welcomed()
+        server.grant_ids(1, 2)
+        ends, runs = await bench.host.running(1), await bench.host.running(2)
+        await server.event(1, "running")
+        await server.event(2, "running")
+    ends.write(stdout=b"done\n")
+    ends.end(exit_code=0)
+    async with bench.agent():
+        again = await bench.server.welcomed()
+        (hello,) = [message.hello for message in again.received if message.HasField("hello")]
+        phases = {lease.lease_id: LeasePhase(lease.phase) for lease in hello.leases}
+        ended = (await again.event(1, "ended")).ended
+    assert phases == {1: LeasePhase.DRAINING, 2: LeasePhase.RUNNING}
+    assert (Outcome(ended.outcome), ended.final_log_offset) == (Outcome.SUCCEEDED, 5)
+    assert not runs.forgotten
 
 
 async def test_without_acks_no_deadline_moves_and_the_agent_comes_back(bench: Bench) -> None:

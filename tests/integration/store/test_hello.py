@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
 from lessor.lifecycle import LeasePhase, Outcome
 from lessor_server.domain.errors import AgentIdentityInUse
-from lessor_server.store.hello import Answer, Held, take_standing
+from lessor_server.store.hello import Answer, Held, hold_back, take_standing
 from lessor_server.store.reports import End, Phase, Verdict
 from tests.support.store import Leased, Store, succeeded
 
@@ -94,6 +95,54 @@ async def test_answers_tell_ended_from_stale_and_from_an_end_under_way(store: St
         late.lease_id: Answer.KEEP,
         never.lease_id: Answer.STALE,
     }
+
+
+async def lost(store: Store) -> Leased:
+    """A job whose lease has expired, and that waits again."""
+    lease = await store.running()
+    await store.set_clock(62_201)
+    assert [row["lease_id"] for row in await store.expire()] == [lease.lease_id]
+    assert await store.where(lease.job) == "ready"
+    return lease
+
+
+async def test_a_job_that_its_agent_has_finished_is_kept_for_the_end_that_comes(store: Store) -> None:
+    lease = await lost(store)
+    await hold_back(store.database, lease.agent_id, [holds(lease, LeasePhase.DRAINING)])
+    assert await store.where(lease.job) == "delayed"
+    lease.session = await store.hello()
+    assert await store.claim([lease.job], lease.session) == []
+    assert (await standing(store, lease, holds(lease, LeasePhase.DRAINING)))[0] == {lease.lease_id: Answer.KEEP}
+    assert await store.report(lease, succeeded()) == [Verdict.RECORDED]
+    assert await store.where(lease.job) == "SUCCEEDED"
+    assert await store.value("SELECT count(*) FROM attempt") == 1
+
+
+async def test_an_end_that_does_not_come_is_not_waited_for_without_end(store: Store) -> None:
+    lease = await lost(store)
+    now = datetime.now(UTC)
+    await hold_back(store.database, lease.agent_id, [holds(lease, LeasePhase.DRAINING)], now)
+    counters = await store.counters(lease.job)
+    for seconds, place in ((4.9, "delayed"), (5, "ready")):
+        await store.database.fetch("promote", epoch=store.epoch, now=now + timedelta(seconds=seconds))
+        assert await store.where(lease.job) == place
+    assert await store.counters(lease.job) == counters
+    session = await store.hello("agent-two")
+    assert len(await store.claim([lease.job], session, agent_id="agent-two")) == 1
+
+
+async def test_nothing_is_kept_for_whoever_has_no_end_of_it(store: Store) -> None:
+    lease = await lost(store)
+    await hold_back(store.database, lease.agent_id, [holds(lease)])
+    await hold_back(store.database, "agent-two", [holds(lease, LeasePhase.DRAINING)])
+    await hold_back(store.database, lease.agent_id, [Held(lease.job, lease.lease_id - 1, LeasePhase.DRAINING)])
+    assert await store.where(lease.job) == "ready"
+    other = await store.hello("agent-two")
+    (again,) = await store.claim([lease.job], other, agent_id="agent-two")
+    await store.report(again, End(outcome=None))
+    # It waits again, but under a newer lease: the end of the first is stale.
+    await hold_back(store.database, lease.agent_id, [holds(lease, LeasePhase.DRAINING)])
+    assert await store.where(lease.job) == "ready"
 
 
 async def test_a_rebooted_host_loses_its_leases_after_two_intervals_not_a_ttl(store: Store) -> None:

@@ -156,6 +156,71 @@ def test_a_full_journal_refuses_whole_transactions_and_recovers(writer: Writer, 
     assert rows == [(1,), (3,)]
 
 
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """A disk that has no room for the first thing an agent writes, for as long as the list is not empty."""
+    full = [True]
+    make_ready = Journal._make_ready  # noqa: SLF001 - the step at which a full disk shows
+
+    def without_room(self: Journal, database: sqlite3.Connection) -> None:
+        if full and self._boot_id is not None:
+            raise sqlite3.OperationalError("database or disk is full")
+        make_ready(self, database)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "_make_ready", without_room)
+        yield full
+
+
+def test_on_a_full_disk_what_it_holds_is_read_and_written_on_when_there_is_room(
+    writer: Writer, tmp_path: Path, full_disk: list[bool]
+) -> None:
+    writer.write(a_lease(1), an_event(1, 1))
+    later = Writer(tmp_path / "journal.db")
+    contents = later.journal.open("boot-2")
+    assert ([lease.grant.lease_id for lease in contents.leases], contents.boot_id) == ([1], "boot-1")
+    assert "disk is full" in (later.write(a_lease(2)) or "")
+    full_disk.clear()
+    assert later.write(a_lease(3)) is None
+    later.journal.close()
+    last = Journal(tmp_path / "journal.db")
+    contents = last.open("boot-2")
+    last.close()
+    assert [lease.grant.lease_id for lease in contents.leases] == [1, 3]
+    assert contents.boot_id == "boot-2"
+
+
+def test_a_closed_journal_is_read_where_sqlite_cannot_make_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Writer(tmp_path / "journal.db")
+    first.journal.open("boot-1")
+    first.write(a_lease(1))
+    first.journal.close()
+    connect = Journal._connect  # noqa: SLF001 - the step at which it shows
+
+    def refused(self: Journal) -> sqlite3.Connection:
+        raise sqlite3.OperationalError("unable to open database file")
+
+    later = Writer(tmp_path / "journal.db")
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "_connect", refused)
+        contents = later.journal.open("boot-1")
+        assert [lease.grant.lease_id for lease in contents.leases] == [1]
+        assert "unable to open" in (later.write(a_lease(2)) or "")
+        patch.setattr(Journal, "_connect", connect)
+        assert later.write(a_lease(3)) is None
+    later.journal.close()
+
+
+def test_a_new_journal_without_room_is_refused(tmp_path: Path, full_disk: list[bool]) -> None:
+    writer = Writer(tmp_path / "journal.db")
+    with pytest.raises(JournalUnavailable, match="disk is full"):
+        writer.journal.open("boot-1")
+    assert "disk is full" in (writer.write(a_lease(1)) or "")
+    writer.journal.close()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write read-only files")
 def test_a_read_only_file_is_refused(tmp_path: Path) -> None:
     first = Journal(tmp_path / "journal.db")
