@@ -14,6 +14,14 @@ PYTEST_ARGS ?=
 # For `make bench`: some scenarios only, and options of `python -m benchmarks` (--save, --out DIR).
 SCENARIOS ?=
 BENCH_ARGS ?=
+# For `make chaos`: how long faults are injected, and more options of `python -m tests.chaos`; for `make chaos-mutants`:
+# only these.
+CHAOS_SECONDS ?= 60
+CHAOS_ARGS ?=
+MUTANTS ?=
+# For `make sim`: how many fresh seeds to run, or the one to replay step by step.
+SEEDS ?= 100
+SEED ?=
 # For `make lock`: --upgrade, or --upgrade-package NAME.
 LOCK_ARGS ?=
 
@@ -30,7 +38,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help
 help: ## List the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: $(READY) ## Make .venv from the hash-pinned lock (PYTHON=python3.x chooses)
@@ -69,6 +77,22 @@ bench: $(READY) ## Run all benchmarks, peers included (SCENARIOS="drain growth",
 bench-quick: $(READY) ## Run the quick benchmarks, under a minute once their peers are installed
 	@$(BIN)/python -m benchmarks.peers --quick
 	@$(BIN)/python -m benchmarks --quick $(SCENARIOS) $(BENCH_ARGS)
+
+.PHONY: chaos
+chaos: $(READY) ## Real processes under faults (CHAOS_SECONDS=1800, CHAOS_ARGS="--seed 7"; needs root)
+	@$(BIN)/python -m tests.chaos --seconds $(CHAOS_SECONDS) $(CHAOS_ARGS)
+
+.PHONY: chaos-mutants
+chaos-mutants: $(READY) ## Plant bugs in a copy; the checker must catch each (MUTANTS="no-margin …")
+	@$(BIN)/python -m tests.chaos --mutants $(MUTANTS)
+
+.PHONY: sim
+sim: $(READY) ## Simulate faults in virtual time on a real PostgreSQL (SEEDS=1000, or SEED=7 to replay one)
+	@$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
+
+.PHONY: sim-mutants
+sim-mutants: $(READY) ## Plant bugs; count the seeds until the simulation finds each (MUTANTS="margin-skipped …")
+	@$(BIN)/python -m tests.simulation --mutants $(MUTANTS)
 
 .PHONY: check
 check: $(READY) ## Lint, format, types, layers, contract
