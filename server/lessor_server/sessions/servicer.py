@@ -113,7 +113,12 @@ class AgentServicer(agent_service_pb2_grpc.AgentServiceServicer):
                 await context.write(message)
 
     async def _read(self, stream: AgentStream, requests: AsyncIterator[pb.ConnectRequest]) -> None:
-        first = await asyncio.wait_for(anext(aiter(requests), None), _HELLO_TIMEOUT_S)
+        try:
+            first = await asyncio.wait_for(anext(aiter(requests), None), _HELLO_TIMEOUT_S)
+        except TimeoutError:
+            # The network may be cut one way: the agent, told by nothing but the end, connects again.
+            logger.warning("a stream brought no hello", extra={"event": "no_hello", "peer": stream.peer})
+            return
         if first is None:
             return
         if first.WhichOneof("message") != "hello":

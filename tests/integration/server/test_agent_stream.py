@@ -14,7 +14,8 @@ from lessor import timing
 from lessor.v1 import agent_service_pb2 as pb
 from lessor.v1 import job_pb2, job_service_pb2
 from lessor_server.server import Server
-from tests.support.servers import Client, RawAgent, connected, ended, held, running_server
+from lessor_server.sessions import servicer
+from tests.support.servers import EOF, Client, RawAgent, connected, ended, held, running_server
 
 
 @pytest.fixture
@@ -78,6 +79,16 @@ async def test_the_first_message_is_hello(client: Client) -> None:
         await call.read()
     assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION
     assert "before hello" in str(error.value.details())
+
+
+async def test_a_stream_that_brings_no_hello_is_ended_without_an_error(
+    client: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(servicer, "_HELLO_TIMEOUT_S", 0.01)
+    assert await client.agents.Connect().read() is EOF
+    assert [record.getMessage() for record in caplog.records if record.levelname != "INFO"] == [
+        "a stream brought no hello"
+    ]
 
 
 @pytest.mark.parametrize(("version", "whose"), [(0, "the agent"), (99, "the server")])
