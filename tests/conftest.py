@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -12,6 +13,12 @@ import pytest
 from lessor_server.embedded import PostgresNotFound
 from tests.support.nvml import CompilerMissing, NvmlStub, build_nvml_stub
 from tests.support.postgres import DEFAULT_VERSION, VERSION_VARIABLE, PostgresServer, wanted_version
+
+
+def pytest_configure() -> None:
+    """Has Ctrl-C reach the programs that tests start: a shell that runs the tests in the background has it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

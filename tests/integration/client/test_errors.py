@@ -23,7 +23,7 @@ def test_each_reason_of_the_contract_has_an_exception() -> None:
 
 @pytest.mark.parametrize("reason", all_reasons())
 def test_a_reason_arrives_as_its_exception(server: FakeServer, reason: str) -> None:
-    with lessor.Client(server.address, timeout="300ms") as client:
+    with lessor.Client(server.address, timeout="1.5s") as client:
         server.faults += [Fault("GetJob", reason)] * 50
         with pytest.raises(errors.BY_REASON[reason]) as error:
             client.get("j1")
