@@ -18,7 +18,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,21 +130,22 @@ class Journal:
         self._boot_id = boot_id
         try:
             self._database = self._connect()
+        except PermissionError:
+            raise
         except (sqlite3.OperationalError, OSError) as error:
             contents = self._read_as_it_lies()
             if contents is None:
                 raise
             self._report(f"the journal {self._path} cannot be opened: {error}")
             return contents
-        before = self._read(self._database)
+        last_boot_id = self._read_boot_id(self._database)
         try:
             self._make_ready(self._database)
-        except (sqlite3.Error, OSError) as error:
-            if before is None:
+        except sqlite3.Error as error:
+            if last_boot_id is None:
                 raise
             self._report(f"the journal {self._path} cannot be written: {error}")
-            return before
-        return replace(self._read(self._database) or Contents(), boot_id=before.boot_id if before else "")
+        return self._read(self._database, last_boot_id or "")
 
     def _read_as_it_lies(self) -> Contents | None:
         """Returns what it holds, read without the files that SQLite wants to make beside it; None: nobody can tell."""
@@ -152,7 +153,8 @@ class Journal:
         if not self._path.exists() or (wal.exists() and wal.stat().st_size):
             return None
         with contextlib.closing(sqlite3.connect(f"{self._path.as_uri()}?mode=ro&immutable=1", uri=True)) as database:
-            return self._read(database)
+            last_boot_id = self._read_boot_id(database)
+            return None if last_boot_id is None else self._read(database, last_boot_id)
 
     def _drop(self) -> None:
         if self._database is not None:
@@ -256,8 +258,7 @@ class Journal:
 
     def _connect(self) -> sqlite3.Connection:
         # Commands and their variables are in it. What SQLite puts beside the file takes over its mode.
-        if not self._path.exists():
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _OWNER_ONLY))
+        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _OWNER_ONLY))
         for suffix in ("", "-wal", "-shm"):
             with contextlib.suppress(OSError):
                 os.chmod(f"{self._path}{suffix}", _OWNER_ONLY)
@@ -297,11 +298,15 @@ class Journal:
             (MAX_TOMBSTONES,),
         )
 
-    def _read(self, database: sqlite3.Connection) -> Contents | None:
-        """Returns what it holds; None: it is new."""
+    def _read_boot_id(self, database: sqlite3.Connection) -> str | None:
+        """Returns the boot that is noted in it; None: it is new."""
         if not _rows(database, "SELECT 1 FROM sqlite_master WHERE name = 'tombstone'"):
             return None
-        meta = dict(_rows(database, "SELECT key, value FROM meta"))
+        noted = _rows(database, "SELECT value FROM meta WHERE key = 'boot_id'")
+        return str(noted[0][0]) if noted else ""
+
+    def _read(self, database: sqlite3.Connection, last_boot_id: str) -> Contents:
+        """Returns what it holds."""
         leases = tuple(
             JournalledLease(
                 pb.Grant.FromString(grant), LeasePhase(phase), None if handle is None else _decode_handle(handle)
@@ -314,8 +319,9 @@ class Journal:
         tombstones = tuple(
             lease_id for (lease_id,) in _rows(database, "SELECT lease_id FROM tombstone ORDER BY lease_id")
         )
-        last_seq = max([int(meta.get("last_seq", "0")), *(event.seq for event in events)])
-        return Contents(meta.get("boot_id", ""), leases, events, tombstones, last_seq)
+        noted = _rows(database, "SELECT value FROM meta WHERE key = 'last_seq'")
+        last_seq = max([int(noted[0][0]) if noted else 0, *(event.seq for event in events)])
+        return Contents(last_boot_id, leases, events, tombstones, last_seq)
 
     def _set_meta(self, database: sqlite3.Connection, key: str, value: str) -> None:
         database.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, value))

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import pytest
 from typer.testing import CliRunner
 
 import lessor
 from lessor.cli.main import app
+from lessor.sdk.connection import Patience
 from tests.support.fake_services import FakeServer
 
 
@@ -28,6 +30,12 @@ def server() -> Iterator[FakeServer]:
 def client(server: FakeServer) -> Iterator[lessor.Client]:
     with lessor.Client(server.address, timeout=10) as made:
         yield made
+
+
+@pytest.fixture
+def one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients try once: the wait before a second try would take longer than their timeouts."""
+    monkeypatch.setattr(Patience, "backoff", lambda patience, tries: timedelta(days=1))
 
 
 @dataclass

@@ -69,8 +69,9 @@ def test_a_server_that_comes_late_is_waited_for() -> None:
     fake.close()
 
 
+@pytest.mark.usefixtures("one_try")
 def test_nobody_at_the_address() -> None:
-    with lessor.Client("127.0.0.1:1", timeout="200ms") as client:
+    with lessor.Client("127.0.0.1:1") as client:
         with pytest.raises(
             lessor.ServerUnreachable, match=r"no server answers at 127.0.0.1:1: connection refused \(is"
         ):
@@ -83,7 +84,7 @@ def test_nobody_at_the_address() -> None:
 
 def test_a_server_that_does_not_answer(server: FakeServer) -> None:
     hold = threading.Event()
-    with lessor.Client(server.address, timeout="300ms") as client:
+    with lessor.Client(server.address, timeout="300ms", connect_timeout=20) as client:
         client.queues()
         server.faults.append(Fault("GetJob", hold=hold))
         with pytest.raises(lessor.RequestTimeout):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import threading
@@ -190,8 +191,16 @@ def test_on_a_full_disk_what_it_holds_is_read_and_written_on_when_there_is_room(
     assert contents.boot_id == "boot-2"
 
 
-def test_a_closed_journal_is_read_where_sqlite_cannot_make_its_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "error",
+    [
+        sqlite3.OperationalError("unable to open database file"),
+        OSError(errno.EROFS, "unable to open: read-only file system"),
+    ],
+    ids=["no_room", "read_only_file_system"],
+)
+def test_a_closed_journal_is_read_where_nothing_can_be_made_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     first = Writer(tmp_path / "journal.db")
     first.journal.open("boot-1")
@@ -200,7 +209,7 @@ def test_a_closed_journal_is_read_where_sqlite_cannot_make_its_files(
     connect = Journal._connect  # noqa: SLF001 - the step at which it shows
 
     def refused(self: Journal) -> sqlite3.Connection:
-        raise sqlite3.OperationalError("unable to open database file")
+        raise error
 
     later = Writer(tmp_path / "journal.db")
     with monkeypatch.context() as patch:
@@ -228,9 +237,10 @@ def test_a_read_only_file_is_refused(tmp_path: Path) -> None:
     first.close()
     (tmp_path / "journal.db").chmod(0o400)
     journal = Journal(tmp_path / "journal.db")
-    with pytest.raises(JournalUnavailable):
+    with pytest.raises(JournalUnavailable, match="Permission denied"):
         journal.open("boot-1")
     journal.close()
+    assert (tmp_path / "journal.db").stat().st_mode & 0o777 == 0o400, "it is left as it was made"
 
 
 def test_old_and_many_tombstones_are_pruned(writer: Writer, tmp_path: Path) -> None:
