@@ -9,33 +9,19 @@ WITH said AS MATERIALIZED (
     JOIN attempt AS a ON a.job_id = i.job_id AND a.lease_id = i.lease_id
     WHERE a.agent_id = CAST(:agent_id AS text) AND a.outcome IN (6, 8) AND a.final_state IS NULL
 ),
-waiting AS MATERIALIZED (
-    SELECT r.*
-    FROM ready AS r
-    JOIN said AS s ON s.job_id = r.job_id AND s.lease_id = r.last_lease_id
-    WHERE r.job_id = ANY (ARRAY(SELECT job_id FROM said))
-    ORDER BY r.job_id
-    FOR UPDATE OF r
-),
-backing_off AS MATERIALIZED (
-    SELECT d.job_id
-    FROM delayed AS d
-    JOIN said AS s ON s.job_id = d.job_id AND s.lease_id = d.last_lease_id
-    WHERE d.job_id = ANY (ARRAY(SELECT job_id FROM said))
-    ORDER BY d.job_id
-    FOR UPDATE OF d
-),
+-- include still_waiting
+,
 put_off AS (
     UPDATE delayed
     SET not_before = GREATEST(not_before, COALESCE(CAST(:now AS timestamptz), now()) + CAST(:pause AS interval))
-    WHERE job_id = ANY (ARRAY(SELECT job_id FROM backing_off))
+    WHERE job_id = ANY (ARRAY(SELECT job_id FROM from_delayed))
 ),
 removed AS (
-    DELETE FROM ready WHERE job_id = ANY (ARRAY(SELECT job_id FROM waiting))
+    DELETE FROM ready WHERE job_id = ANY (ARRAY(SELECT job_id FROM from_ready))
 )
 INSERT INTO delayed (job_id, queue_id, shape_id, priority, attempts, failures, losses, last_lease_id, not_before)
 SELECT
     job_id, queue_id, shape_id, priority, attempts, failures, losses, last_lease_id,
     COALESCE(CAST(:now AS timestamptz), now()) + CAST(:pause AS interval)
-FROM waiting
+FROM from_ready
 RETURNING job_id

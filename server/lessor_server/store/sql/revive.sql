@@ -18,26 +18,12 @@ WITH said AS MATERIALIZED (
     JOIN attempt AS a ON a.job_id = i.job_id AND a.lease_id = i.lease_id AND a.agent_id = i.agent_id
     WHERE a.outcome IN (6, 8) AND a.final_state IS NULL AND i.outcome IN (1, 2, 3, 4)
 ),
-from_ready AS MATERIALIZED (
-    SELECT r.job_id, r.queue_id, r.shape_id, r.priority, r.failures, r.losses
-    FROM ready AS r
-    JOIN said AS s ON s.job_id = r.job_id AND s.lease_id = r.last_lease_id
-    WHERE r.job_id = ANY (ARRAY(SELECT job_id FROM said))
-    ORDER BY r.job_id
-    FOR UPDATE OF r
-),
-from_delayed AS MATERIALIZED (
-    SELECT d.job_id, d.queue_id, d.shape_id, d.priority, d.failures, d.losses
-    FROM delayed AS d
-    JOIN said AS s ON s.job_id = d.job_id AND s.lease_id = d.last_lease_id
-    WHERE d.job_id = ANY (ARRAY(SELECT job_id FROM said))
-    ORDER BY d.job_id
-    FOR UPDATE OF d
-),
+-- include still_waiting
+,
 waiting AS MATERIALIZED (
-    SELECT * FROM from_ready
+    SELECT job_id, queue_id, shape_id, priority, failures, losses FROM from_ready
     UNION ALL
-    SELECT * FROM from_delayed
+    SELECT job_id, queue_id, shape_id, priority, failures, losses FROM from_delayed
 ),
 not_ready AS (
     DELETE FROM ready WHERE job_id = ANY (ARRAY(SELECT job_id FROM from_ready))
