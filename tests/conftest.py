@@ -9,6 +9,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+from hypothesis import HealthCheck, settings
 
 from lessor_server.embedded import PostgresNotFound
 from tests.support.nvml import CompilerMissing, NvmlStub, build_nvml_stub
@@ -16,7 +17,11 @@ from tests.support.postgres import DEFAULT_VERSION, VERSION_VARIABLE, PostgresSe
 
 
 def pytest_configure() -> None:
-    """Has Ctrl-C reach the programs that tests start: a shell that runs the tests in the background has it ignored."""
+    """Has tests depend neither on how they were started nor on how fast the host is."""
+    # No example is too slow on a host that is busy with something else.
+    settings.register_profile("untimed", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("untimed")
+    # A shell that runs the tests in the background has Ctrl-C ignored, also in the programs that they start.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

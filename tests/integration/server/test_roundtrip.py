@@ -29,7 +29,6 @@ QUEUE = "a" + "b.c-d_e" * 8 + "f12345"
 # One server and one database for all examples: what is checked does not depend on what else is stored.
 many = settings(
     max_examples=40,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 

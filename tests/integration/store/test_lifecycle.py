@@ -274,6 +274,16 @@ async def test_an_expired_offer_costs_nothing_and_work_counts_as_lost(store: Sto
     assert await store.counters(accepted.job) == (1, 0, 1)
 
 
+async def test_the_log_of_an_offer_whose_answer_was_lost_is_said_to_be_cut(store: Store) -> None:
+    session = await store.hello()
+    silent, ran = await store.claim(await store.submit(2), session)
+    await append(store.database, [Chunk(ran.job, ran.lease_id, ran.agent_id, 0, 1, b"hello", datetime.now(UTC))])
+    await store.set_clock(10_000_000)
+    assert {row["outcome"] for row in await store.expire()} == {Outcome.WITHDRAWN}
+    attempts = await store.database.pool.fetch("SELECT lease_id, log_bytes, logs_truncated_at FROM attempt")
+    assert {tuple(row) for row in attempts} == {(silent.lease_id, 0, None), (ran.lease_id, 5, 5)}
+
+
 async def test_a_short_ttl_expires_before_a_long_one_of_the_same_session(store: Store) -> None:
     session = await store.hello()
     policy = job_pb2.LeasePolicy()

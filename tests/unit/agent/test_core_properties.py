@@ -177,6 +177,6 @@ class AgentMachine(RuleBasedStateMachine):
 
 
 AgentMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=150, stateful_step_count=40, suppress_health_check=list(HealthCheck)
 )
 TestAgent = pytest.mark.unit(AgentMachine.TestCase)

@@ -40,7 +40,8 @@ closing AS MATERIALIZED (
         COALESCE(d.outcome, CASE WHEN d.phase = 1 THEN 8 ELSE 6 END::smallint) AS outcome,
         CASE WHEN d.phase IN (2, 3) THEN CAST(:error AS bytea) ELSE d.error END AS error,
         COALESCE(g.end_offset, 0) AS log_bytes,
-        CASE WHEN d.phase = 1 THEN NULL ELSE COALESCE(g.end_offset, 0) END AS logs_truncated_at,
+        -- An offer nobody answered has no log, unless only its answer was lost.
+        CASE WHEN d.phase = 1 THEN g.end_offset ELSE COALESCE(g.end_offset, 0) END AS logs_truncated_at,
         2 * random() - 1 AS jitter
     FROM due AS d
     LEFT JOIN log_head AS g ON g.lease_id = d.lease_id

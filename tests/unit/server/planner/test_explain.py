@@ -396,7 +396,7 @@ def changed(shape: Shape, reason: Reason) -> Shape:
     st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True).flatmap(lambda ids: st.tuples(*map(agents, ids))),
     shapes,
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_remedy_of_a_job_that_never_fits_lets_it_fit(fleet: tuple[Agent, ...], shape: Shape) -> None:
     told = explained(subject(shape), list(fleet))
     if told[0].reason is not PendingReason.NO_AGENT_FITS_EVER:
@@ -422,7 +422,7 @@ large_shapes = st.builds(
 
 
 @given(busy_fleets(), large_shapes, large_shapes)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_remedy_of_a_job_that_waits_for_room_lets_it_start(
     fleet: tuple[Agent, ...], ahead: Shape, shape: Shape
 ) -> None:

@@ -32,7 +32,7 @@ def shape_groups(world: World) -> dict[tuple[int, int], Group]:
 
 @pytest.mark.parametrize("in_vain", [-1, 0, 1])
 @given(world=worlds())
-@settings(max_examples=70, deadline=None)
+@settings(max_examples=70)
 def test_the_plan_is_the_one_the_rules_give(in_vain: int, world: World) -> None:
     with pytest.MonkeyPatch.context() as patch:
         # From the first job on, soon, or late every shape has a heap of its own.
@@ -43,7 +43,7 @@ def test_the_plan_is_the_one_the_rules_give(in_vain: int, world: World) -> None:
 
 
 @given(worlds())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_nothing_is_given_twice_or_beyond_what_is_there(world: World) -> None:
     groups = shape_groups(world)
     agents = {agent.agent_id: agent for agent in world.fleet}
@@ -69,7 +69,7 @@ def test_nothing_is_given_twice_or_beyond_what_is_there(world: World) -> None:
 
 
 @given(worlds())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_queue_limits_are_exact(world: World) -> None:
     result = planned(world)
     groups = shape_groups(world)
@@ -92,7 +92,7 @@ def test_queue_limits_are_exact(world: World) -> None:
 
 
 @given(worlds())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_of_one_shape_the_first_in_order_goes_first(world: World) -> None:
     result = planned(world)
     granted = {grant.job_id for grant in result.grants}
@@ -111,7 +111,7 @@ def test_of_one_shape_the_first_in_order_goes_first(world: World) -> None:
 
 
 @given(worlds(), st.randoms(use_true_random=False))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_order_of_the_input_does_not_matter(world: World, random: Random) -> None:
     fleet, groups = list(world.fleet), list(world.groups)
     random.shuffle(fleet)
@@ -121,7 +121,7 @@ def test_the_order_of_the_input_does_not_matter(world: World, random: Random) ->
 
 
 @given(worlds(), st.integers(0, 15))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_plan_cut_short_is_the_beginning_of_the_whole(world: World, max_grants: int) -> None:
     whole = planned(world)
     cut = plan(world.fleet, world.groups, world.queues, Policy(world.policy.max_offers, max_grants))
@@ -138,7 +138,7 @@ def test_a_plan_cut_short_is_the_beginning_of_the_whole(world: World, max_grants
 
 
 @given(worlds())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_waiting_job_is_granted_or_counted_with_a_reason(world: World) -> None:
     result = planned(world)
     granted = Counter((grant.queue_id, grant.shape_id) for grant in result.grants)
@@ -150,7 +150,7 @@ def test_every_waiting_job_is_granted_or_counted_with_a_reason(world: World) -> 
 
 
 @given(worlds(max_jobs=8))
-@settings(max_examples=75, deadline=None)
+@settings(max_examples=75)
 def test_a_job_is_granted_exactly_when_it_is_explained_as_starting(world: World) -> None:
     result = planned(world)
     granted = {grant.job_id for grant in result.grants}
@@ -173,7 +173,7 @@ def alone(world: World, group: Group) -> list[Agent]:
 
 
 @given(worlds())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_busy_means_that_an_agent_fits_and_never_means_that_none_does(world: World) -> None:
     groups = shape_groups(world)
     for unplaced in planned(world).unplaced:
@@ -204,7 +204,7 @@ def in_use(fleet: Sequence[Agent], held: Mapping[int, tuple[Grant, Shape]], offe
 @pytest.mark.parametrize("in_vain", [-1, 1])
 @pytest.mark.parametrize("kept", [1, 1000])
 @given(world=worlds(), data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_ground_that_lives_on_plans_as_a_new_one(kept: int, in_vain: int, world: World, data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placement, "_LOOKS_IN_VAIN", in_vain)
