@@ -14,7 +14,9 @@ import uvloop
 from pydantic import ValidationError
 
 from lessor import log
+from lessor.errors import InvalidArgument
 from lessor.open_files import raise_open_files
+from lessor.units import parse_duration
 from lessor_server import garbage
 from lessor_server import workers as worker_processes
 from lessor_server.config import ListenError, ServerSettings
@@ -111,13 +113,25 @@ def serve(
 
 
 @app.command("migrate")
-def migrate_command(database_url: DatabaseUrl = None) -> None:
-    """Brings the database to this version's schema. Running servers of the previous version go on."""
+def migrate_command(
+    database_url: DatabaseUrl = None,
+    patience: Annotated[
+        str, typer.Option(help="Try again for this long while other sessions hold what it needs")
+    ] = "1m",
+) -> None:
+    """Brings the database to this version's schema. Running servers of the previous version go on.
+
+    It waits for nobody for long, so that nobody waits behind it: it gives way, and tries again.
+    """
     from lessor_server.store import migrate
 
     settings = _settings(database_url=database_url)
-    migrate.upgrade(settings.database_url)
-    typer.echo(f"the database is at schema {migrate.head_revision()}")
+    try:
+        waits = parse_duration(patience, field="--patience")
+    except InvalidArgument as error:
+        raise ValueError(str(error)) from None
+    schema = migrate.upgrade(settings.database_url, patience=waits)
+    typer.echo(f"the database is at schema {schema}")
 
 
 @app.command("recover")

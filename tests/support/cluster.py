@@ -81,11 +81,11 @@ class Cluster:
         self._started.append(process)
         return process
 
-    async def start_server(self, listen: str = "127.0.0.1:0", *flags: str) -> None:
+    async def start_server(self, listen: str = "127.0.0.1:0", *flags: str, **environment: str) -> None:
         """Starts the server and waits until it listens."""
         # Workers inherit the directory, so that they can be found again.
-        environment = {"LESSOR_SERVER_DATABASE_URL": self.database_url, "TMPDIR": str(self.directory)}
-        self.server = self.spawn("server", ["server", "--listen", listen, *flags], environment)
+        own = {"LESSOR_SERVER_DATABASE_URL": self.database_url, "TMPDIR": str(self.directory)}
+        self.server = self.spawn("server", ["server", "--listen", listen, *flags], {**own, **environment})
         assert self.server.stdout is not None
         line = await asyncio.to_thread(self.server.stdout.readline)
         assert line, (self.directory / "server.log").read_text()
@@ -136,11 +136,13 @@ def processes_of(directory: Path) -> list[int]:
 
 
 @asynccontextmanager
-async def running_cluster(database_url: str, directory: Path, *flags: str) -> AsyncIterator[Cluster]:
-    """A cluster with a server, which may have flags of its own; agents are the test's."""
+async def running_cluster(
+    database_url: str, directory: Path, *flags: str, **environment: str
+) -> AsyncIterator[Cluster]:
+    """A cluster with a server, which may have flags and variables of its own; agents are the test's."""
     cluster = Cluster(database_url, directory)
     try:
-        await cluster.start_server("127.0.0.1:0", *flags)
+        await cluster.start_server("127.0.0.1:0", *flags, **environment)
         yield cluster
     finally:
         await cluster.stop()
@@ -172,7 +174,7 @@ def assert_no_overlap(ticks: Path) -> None:
         assert earlier[-1][1] < later[0][1], "two attempts lived at once"
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 40.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Waits until something that the test can only look at has happened."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - there is no event: another process writes a file

@@ -51,9 +51,9 @@ class Rows:
     ) -> int:
         """Adds an agent with a session, which it returns."""
         session: int = await self.pool.fetchval(
-            "INSERT INTO session (agent_id, epoch, renewed_at, heartbeat_ms, replica) VALUES ($1, 1, $2, 5000, 'r') "
-            "RETURNING id",
-            agent_id, renewed_at,
+            "INSERT INTO session (agent_id, epoch, renewed_at, heartbeat_ms, replica, drained) "
+            "VALUES ($1, 1, $2, 5000, 'r', $3) RETURNING id",
+            agent_id, renewed_at, columns.get("drained", False),
         )  # fmt: skip
         await self.pool.execute(
             "INSERT INTO agent (id, name, version, labels, runtimes, cpu_millis, memory_bytes, heartbeat_ms, hostname, "

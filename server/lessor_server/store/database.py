@@ -270,7 +270,7 @@ class Database:
         Raises:
             DatabaseUnavailable: The connection failed; the outcome is unknown.
         """
-        with _outages_named():
+        with outages_named():
             async with self._engine.begin() as connection:
                 yield connection
 
@@ -281,14 +281,14 @@ class Database:
         Raises:
             DatabaseUnavailable: The connection failed.
         """
-        with _outages_named():
+        with outages_named():
             async with self._engine.connect() as connection:
                 yield await connection.execution_options(isolation_level="AUTOCOMMIT")
 
 
 @contextmanager
-def _outages_named() -> Iterator[None]:
-    """Turns what SQLAlchemy raises when the database is out of reach into DatabaseUnavailable."""
+def outages_named() -> Iterator[None]:
+    """Turns what asyncpg and SQLAlchemy raise when the database is out of reach into DatabaseUnavailable."""
     try:
         yield
     except sqlalchemy_errors.DBAPIError as error:

@@ -92,7 +92,12 @@ class QueueRow:
 
 
 async def set_drained(database: Database, agent_id: str, drained: bool) -> bool:
-    """Drains an agent or puts it back. Returns False when it is gone."""
+    """Drains an agent or puts it back. Returns False when it is gone.
+
+    No lease is made on a drained agent from the commit on: a claim that was
+    planned before finds its session drained, which a trigger sees to. Locks: the
+    agent, as a Hello does, then its sessions.
+    """
 
     async def write() -> bool:
         async with database.begin() as connection:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +13,17 @@ import asyncpg
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, pool
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy import Connection
 
 from lessor_server.domain.errors import DatabaseUnavailable, SchemaMismatch
-from lessor_server.store.database import plain_url, sqlalchemy_url
+from lessor_server.store.database import outages_named, plain_url
 from lessor_server.store.partitions import ensure_partitions
+from lessor_server.store.schema_change import PATIENCE, change
 
 MIN_POSTGRES_VERSION = 150000
 """server_version_num of the oldest PostgreSQL that is supported."""
 
-# One migration at a time, whoever starts it.
-_MIGRATION_LOCK = 0x4C4553534F52
+logger = logging.getLogger(__name__)
 
 
 def _config() -> Config:
@@ -38,47 +39,45 @@ def head_revision() -> str:
     return revision
 
 
-def upgrade(database_url: str) -> None:
+def upgrade(database_url: str, *, patience: timedelta = PATIENCE) -> str:
     """Brings the database to this code's schema, with partitions for the days to come.
 
-    Runs its own event loop; call it from a thread that has none. Two at once
-    wait for each other.
+    Servers go on meanwhile: no statement of theirs waits for longer than
+    :data:`lessor_server.store.schema_change.STALL`. Each migration is a transaction;
+    one that is cut off by whatever means is undone, and the next run goes on with it.
+    Runs its own event loop; call it from a thread that has none. Two at once wait
+    for each other.
+
+    Args:
+        database_url: The database.
+        patience: How long to try again while other sessions hold what it needs.
+
+    Returns:
+        The schema that the database holds: this code's, or a newer one that this code works on.
 
     Raises:
         ValueError: The URL is not one of PostgreSQL.
-        DatabaseUnavailable: Nobody answers there, or it refuses us.
-        SchemaMismatch: PostgreSQL is too old, the schema is newer than this code, or a
-            table it changes is held by somebody; nothing was changed.
+        DatabaseUnavailable: Nobody answers there, it refuses us, or the connection broke.
+        SchemaMismatch: PostgreSQL is too old, the schema does not serve this code any more, or
+            a table is held by somebody for too long; the migration that met it was undone.
     """
-    asyncio.run(_upgrade(database_url))
+    return asyncio.run(_upgrade(database_url, patience))
 
 
-async def _upgrade(database_url: str) -> None:
+async def _upgrade(database_url: str, patience: timedelta) -> str:
     url = plain_url(database_url)
     try:
         guard = await asyncpg.connect(url, timeout=5)
     except (TimeoutError, OSError, asyncpg.PostgresError) as error:
         raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
     try:
-        await guard.execute("SELECT pg_advisory_lock($1)", _MIGRATION_LOCK)
-        await _refuse_newer(guard)
-        engine = create_async_engine(sqlalchemy_url(url), poolclass=pool.NullPool)
-        try:
-            async with engine.begin() as connection:
-                await connection.run_sync(_run_alembic)
-        except DBAPIError as error:
-            if error.orig is not None and isinstance(error.orig.__cause__, asyncpg.LockNotAvailableError):
-                # Better than to wait: whoever comes after us would wait behind us.
-                raise SchemaMismatch(
-                    f"the schema could not be changed now ({error.orig.__cause__}): another session holds a table; "
-                    "nothing was changed, run `lessor server migrate` again"
-                ) from error
-            raise
-        finally:
-            await engine.dispose()
-        await ensure_partitions(guard)
+        with outages_named():
+            if _knows(await _suitable(guard)):
+                await change(guard, url, _run_alembic, lambda: ensure_partitions(guard), patience=patience)
+            return str(await current_revision(guard))
     finally:
-        await guard.close()
+        with suppress(TimeoutError):
+            await guard.close(timeout=5)
 
 
 def _run_alembic(connection: Connection) -> None:
@@ -95,23 +94,11 @@ async def current_revision(connection: asyncpg.Connection | Any) -> str | None:
     return revision
 
 
-async def _refuse_newer(connection: asyncpg.Connection | Any) -> None:
-    version = int(await connection.fetchval("SHOW server_version_num"))
-    if version < MIN_POSTGRES_VERSION:
-        raise SchemaMismatch(
-            f"PostgreSQL {version // 10000} is too old: Lessor needs {MIN_POSTGRES_VERSION // 10000} or newer"
-        )
-    current = await current_revision(connection)
-    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
-    if current is not None and current not in known:
-        raise SchemaMismatch(
-            f"the database has schema {current}, which this version of Lessor does not know "
-            f"(it knows up to {head_revision()}): run the version of Lessor that wrote it, or a newer one"
-        )
-
-
 async def check(pool_: asyncpg.Pool) -> None:
-    """Makes sure that the database holds this code's schema.
+    """Makes sure that this code works on the schema that the database holds.
+
+    That is its own, or a newer one that only added to it: a server of the version
+    before may be started again while an upgrade is under way, or after it was taken back.
 
     Raises:
         SchemaMismatch: It does not; the message names the command that helps.
@@ -124,13 +111,50 @@ async def check_connection(connection: asyncpg.Connection | Any) -> None:
     """Does what :func:`check` does, on one connection.
 
     Raises:
-        SchemaMismatch: The database holds another schema; the message names the command that helps.
+        SchemaMismatch: This code does not work on that schema; the message names the command that helps.
     """
-    await _refuse_newer(connection)
-    current = await current_revision(connection)
-    if current != head_revision():
+    current = await _suitable(connection)
+    if not _knows(current):
+        logger.info(
+            "the schema is newer than this server, which works on it",
+            extra={"event": "newer_schema", "schema": current, "own_schema": head_revision()},
+        )
+    elif current != head_revision():
         state = "holds no Lessor schema" if current is None else f"has schema {current}"
         raise SchemaMismatch(
             f"the database {state}, this version of Lessor needs {head_revision()}: "
             "run `lessor server migrate --database-url …` with it"
         )
+
+
+def _knows(revision: str | None) -> bool:
+    """Returns whether a schema is this code's or older; None, which is no schema, is."""
+    return revision is None or revision in _known()
+
+
+def _known() -> set[str]:
+    return {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
+
+
+async def _suitable(connection: asyncpg.Connection | Any) -> str | None:
+    """Returns the schema of the database.
+
+    Raises:
+        SchemaMismatch: PostgreSQL is too old, or servers of this code's schema are not served any more.
+    """
+    version = int(await connection.fetchval("SHOW server_version_num"))
+    if version < MIN_POSTGRES_VERSION:
+        raise SchemaMismatch(
+            f"PostgreSQL {version // 10000} is too old: Lessor needs {MIN_POSTGRES_VERSION // 10000} or newer"
+        )
+    current = await current_revision(connection)
+    if not _knows(current):
+        # Whoever changed it last said which servers it still serves; this code cannot know.
+        noted = await connection.fetchval("SELECT to_regclass('schema_floor')") is not None
+        floor = await connection.fetchval("SELECT revision FROM schema_floor") if noted else None
+        if floor not in _known():
+            raise SchemaMismatch(
+                f"the database has schema {current}, which serves servers of schema {floor or current} and newer; this "
+                f"version of Lessor has {head_revision()}: run the version of Lessor that wrote it, or a newer one"
+            )
+    return current

@@ -104,8 +104,10 @@ async def _ensure(connection: asyncpg.Connection | Any, table: str, day: int, bo
         # Serialises two replicas that find the same partition missing.
         await connection.execute("SELECT pg_advisory_xact_lock(hashtext($1))", name)
         # Not asked for by to_regclass: it may still see the catalogue as it was before we waited for that lock.
+        # With whatever a newer schema may have given the table. Its indexes come with the attaching.
         await connection.execute(
-            f"CREATE TABLE IF NOT EXISTS {name} (LIKE {table} INCLUDING DEFAULTS INCLUDING CONSTRAINTS)"
+            f"CREATE TABLE IF NOT EXISTS {name} (LIKE {table} INCLUDING DEFAULTS INCLUDING CONSTRAINTS "
+            "INCLUDING GENERATED INCLUDING STORAGE INCLUDING COMPRESSION)"
         )
         already = await connection.fetchval(
             "SELECT EXISTS (SELECT FROM pg_inherits WHERE inhrelid = to_regclass($1))", name

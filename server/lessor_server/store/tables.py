@@ -125,6 +125,7 @@ session = _table(
     _required("heartbeat_ms", Integer),
     _required("replica", Text),
     _required("host_gone", Boolean),
+    _required("drained", Boolean),
 )
 
 request = _table(
@@ -305,4 +306,10 @@ event_floor = _table(
     _required("one", Boolean, key=True),
     _required("xid", Xid8()),
     _required("id", BigInteger),
+)
+
+schema_floor = _table(
+    "schema_floor",
+    _required("one", Boolean, key=True),
+    _required("revision", Text),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from pathlib import Path
 
 import asyncpg
@@ -35,7 +36,7 @@ async def to_revision(database_url: str, revision: str) -> None:
 
     engine = create_async_engine(sqlalchemy_url(database_url), poolclass=pool.NullPool)
     try:
-        async with engine.begin() as connection:
+        async with engine.connect() as connection:
             await connection.run_sync(run)
     finally:
         await engine.dispose()
@@ -72,8 +73,8 @@ async def test_a_leader_that_holds_the_row_makes_the_migration_give_up(old: str)
     try:
         async with connection.transaction():
             await connection.execute("SELECT FROM leader FOR UPDATE")
-            with pytest.raises(SchemaMismatch, match=r"lock timeout.*nothing was changed, run `lessor server migrate`"):
-                await asyncio.to_thread(migrate.upgrade, old)
+            with pytest.raises(SchemaMismatch, match=r"lock timeout.*is undone .*run `lessor server migrate` again"):
+                await asyncio.to_thread(migrate.upgrade, old, patience=timedelta(0))
         assert await migrate.current_revision(connection) == "0001"
         await asyncio.to_thread(migrate.upgrade, old)
         assert await migrate.current_revision(connection) == migrate.head_revision()

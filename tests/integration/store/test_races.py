@@ -12,6 +12,7 @@ from lessor.v1 import job_service_pb2
 from lessor_server.maintenance.reaper import LEASE_EXPIRED
 from lessor_server.store.claims import Offer, claim
 from lessor_server.store.database import Transaction
+from lessor_server.store.fleet_status import set_drained
 from lessor_server.store.hello import Answer, Held, take_standing
 from lessor_server.store.reports import Phase, Verdict, commit_reports
 from tests.support.races import held_at_leader, overtake
@@ -137,6 +138,44 @@ class TestCancelAndClaim:
         )
         assert claimed == []
         assert await store.where(job) == "CANCELLED"
+
+
+class TestDrainAndClaim:
+    async def test_a_claim_planned_before_a_drain_makes_no_lease_after_it(self, store: Store) -> None:
+        session = await store.hello()
+        jobs = await store.submit(2)
+        leases = await held_at_leader(
+            store,
+            lambda: store.claim(jobs, session),
+            lambda: set_drained(store.database, "agent-one", True),
+        )
+        assert leases == []
+        assert [await store.where(job) for job in jobs] == ["ready", "ready"]
+
+    async def test_a_drain_waits_for_the_claim_and_then_sees_its_lease(self, store: Store) -> None:
+        session = await store.hello()
+        (job,) = await store.submit()
+
+        async def drain() -> int:
+            await set_drained(store.database, "agent-one", True)
+            return int(await store.value("SELECT count(*) FROM lease WHERE agent_id = 'agent-one'"))
+
+        granted, seen = await overtake(
+            store, lambda t: claim_on(t, store, job, session.session_id, session.epoch), drain
+        )
+        assert (granted, seen) == (1, 1)
+
+    @pytest.mark.parametrize("resumes", [False, True], ids=["new_session", "same_session"])
+    async def test_a_drained_agent_stays_so_when_it_comes_back(self, store: Store, resumes: bool) -> None:
+        before = await store.hello()
+        await set_drained(store.database, "agent-one", True)
+        await store.database.pool.execute("UPDATE session SET drained = false")  # a server of an older schema
+        session = await store.hello(session_id=before.session_id if resumes else 0)
+        assert session.resumed == resumes
+        jobs = await store.submit()
+        assert await store.claim(jobs, session) == []
+        await set_drained(store.database, "agent-one", False)
+        assert len(await store.claim(jobs, session)) == 1
 
 
 class TestCancelAndRequeue:

@@ -1,5 +1,7 @@
 """${message}
 
+Expand: what is added, and why servers of the release before do not notice.
+
 Revision ID: ${up_revision}
 Revises: ${down_revision | comma,n}
 """

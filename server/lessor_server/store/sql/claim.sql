@@ -1,7 +1,7 @@
 -- claim | GRANT: ready -> lease
 -- Locks: leader shared (an old leader's claim finds no row); the picked ready
 -- rows, SKIP LOCKED (a job being cancelled is left out); the sessions shared, in
--- id order (a Hello in between moves the epoch and the grant is left out).
+-- id order (a Hello or a drain in between changes them and the grant is left out).
 -- Index: ready_pkey, job_pkey; the bounds leave out the partitions of job that
 -- cannot be meant before the statement begins. Returns: one row per lease made, with
 -- what its Grant needs.
@@ -19,7 +19,7 @@ pick AS MATERIALIZED (
 live AS MATERIALIZED (
     SELECT s.id, s.epoch, s.agent_id
     FROM session AS s
-    WHERE s.id = ANY (ARRAY(SELECT session_id FROM pick))
+    WHERE s.id = ANY (ARRAY(SELECT session_id FROM pick)) AND NOT s.drained
     ORDER BY s.id
     FOR SHARE
 ),

@@ -2,7 +2,8 @@
 -- Locks: the leases, in job order, SKIP LOCKED (whoever holds one finishes it or
 -- asks again). Index: lease_pkey. job_ids NULL: all. Returns: job_id, lease_id.
 WITH held AS MATERIALIZED (
-    SELECT l.*
+    SELECT
+-- include stored_end
     FROM lease AS l
     WHERE l.phase = 4
         AND (CAST(:job_ids AS bigint[]) IS NULL OR l.job_id = ANY (CAST(:job_ids AS bigint[])))

@@ -2,7 +2,8 @@
 -- lease -> attempt with logs_truncated_at, and ready, delayed or nothing
 -- Locks: the leases, in job order. Index: lease_pkey. Returns: job_id, lease_id.
 WITH held AS MATERIALIZED (
-    SELECT l.*
+    SELECT
+-- include stored_end
     FROM unnest(CAST(:job_ids AS bigint[]), CAST(:lease_ids AS bigint[]), CAST(:agent_ids AS text[]))
         AS i (job_id, lease_id, agent_id)
     JOIN lease AS l ON l.job_id = i.job_id AND l.lease_id = i.lease_id AND l.agent_id = i.agent_id

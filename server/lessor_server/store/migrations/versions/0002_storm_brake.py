@@ -18,8 +18,6 @@ depends_on = None
 
 
 def upgrade() -> None:
-    # The row is held for milliseconds at a time; whoever waits for us is a tick of the leader.
-    op.execute("SET LOCAL lock_timeout = '2s'")
     op.execute("ALTER TABLE leader ADD COLUMN stood_ms bigint NOT NULL DEFAULT 0")
 
 
