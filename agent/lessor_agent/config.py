@@ -154,7 +154,7 @@ def parse_arguments(argv: Sequence[str]) -> AgentConfig:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lessor agent",
-        description="Runs leased jobs on this host.",
+        description="Runs leased jobs on this host. See also `lessor agent drain --help`.",
         epilog="Every flag is also a variable: --state-dir is LESSOR_AGENT_STATE_DIR.",
         allow_abbrev=False,
     )

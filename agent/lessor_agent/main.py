@@ -18,6 +18,7 @@ from lessor import __version__
 from lessor.log import configure
 from lessor.open_files import raise_open_files
 from lessor.v1 import agent_service_pb2 as pb
+from lessor_agent import drain
 from lessor_agent.adoption import AdoptionImpossible, adopt
 from lessor_agent.config import AgentConfig, ConfigError, parse_arguments
 from lessor_agent.gpus import FakeGpus, Gpu, GpuInventory, NvmlGpus
@@ -42,8 +43,11 @@ class NoRuntime(Exception):
 def main(argv: Sequence[str]) -> int:
     """Runs the agent with the arguments ``argv`` (without the program's name); returns the exit code.
 
-    0: told to stop. 1: it cannot work here. 2: the arguments are wrong.
+    0: told to stop. 1: it cannot work here. 2: the arguments are wrong. With
+    ``drain`` or ``undrain`` first: as :func:`lessor_agent.drain.main`.
     """
+    if argv and argv[0] in drain.COMMANDS:
+        return drain.main(argv)
     try:
         config = parse_arguments(argv)
     except ConfigError as error:

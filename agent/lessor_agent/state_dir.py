@@ -105,6 +105,23 @@ class StateDir:
         return agent_id
 
 
+def read_agent_id(path: Path) -> str:
+    """Returns the id of the agent that lives, or has lived, in the state directory ``path``.
+
+    Raises:
+        StateDirError: None has, or it cannot be read.
+    """
+    try:
+        agent_id = (path / "agent_id").read_text("ascii").strip()
+    except FileNotFoundError:
+        agent_id = ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise StateDirError(f"cannot read the agent's id in {path / 'agent_id'}: {error}") from error
+    if not agent_id:
+        raise StateDirError(f"no agent has lived in the state directory {path}; give its own with --state-dir")
+    return agent_id
+
+
 def _make_directories(path: Path, mode: int) -> None:
     """Makes ``path`` and what is missing above it with ``mode``, whatever the umask."""
     missing = []

@@ -366,6 +366,7 @@ class FakeServer(FakeWorld, job_service_pb2_grpc.JobServiceServicer, fleet_servi
         return fleet_service_pb2.ListAgentsResponse(agents=self.agent_rows.values())
 
     def GetAgent(self, request, context):  # type: ignore[no-untyped-def]
+        self._enter("GetAgent", request, context)
         return fleet_service_pb2.GetAgentResponse(agent=self._agent(request.agent, context))
 
     def ListGpus(self, request, context):  # type: ignore[no-untyped-def]

@@ -122,7 +122,7 @@ class FakeWorld:
                 self.logs_complete.add((job_id, job.attempt))
             self.change(job_id, state)
 
-    def add_agent(self, name: str, gpus: int = 0, **labels: str) -> None:
+    def add_agent(self, name: str, gpus: int = 0, **labels: str) -> fleet_service_pb2.Agent:
         agent = fleet_service_pb2.Agent(
             id=f"agent-{name}",
             name=name,
@@ -143,6 +143,7 @@ class FakeWorld:
                     uuid=f"GPU-{name}-{index}", agent=name, index=index, model="NVIDIA H200", memory_bytes=141 * 2**30
                 )
             )
+        return agent
 
     def script(self, work: Callable[[], None]) -> None:
         """Runs ``work`` in a thread; its error fails the test when the server is stopped."""
@@ -157,7 +158,7 @@ class FakeWorld:
         self.scripts.append(thread)
         thread.start()
 
-    def until(self, happened: Callable[[], bool], timeout_s: float = 30) -> None:
+    def until(self, happened: Callable[[], bool], timeout_s: float = 60.0) -> None:
         """Waits until ``happened`` after some news."""
         with self.news:
             if not self.news.wait_for(happened, timeout_s):

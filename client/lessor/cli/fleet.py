@@ -9,10 +9,11 @@ import typer
 
 from lessor.cli.output import Output, bytes_text, span_text, time_text
 from lessor.cli.session import Address, Json, Session
+from lessor.errors import InvalidArgument
 from lessor.sdk.aio import AsyncClient
 from lessor.sdk.enums import word
 from lessor.sdk.fleet import Agent, Gpu, Lease
-from lessor.units import format_cpu
+from lessor.units import format_cpu, parse_duration
 
 AgentRef = Annotated[str, typer.Argument(metavar="AGENT", help="Its id or name.", show_default=False)]
 
@@ -76,13 +77,28 @@ def agents(
         output.table(columns, rows, empty=empty)
 
 
-def drain(context: typer.Context, agent: AgentRef, address: Address = None, json: Json = False) -> None:
+def drain(
+    context: typer.Context,
+    agent: AgentRef,
+    wait: Annotated[bool, typer.Option("--wait", help="Return only when no lease is live there.")] = False,
+    timeout: Annotated[
+        str | None, typer.Option("--timeout", metavar="DURATION", help="With --wait: wait no longer than this: 2h.")
+    ] = None,
+    address: Address = None,
+    json: Json = False,
+) -> None:
     """Stop placing jobs on an agent. What runs there goes on.
 
-    Example: lessor drain gpu-host-7
+    Exit code 124 if jobs were still running there at the timeout; it stays
+    drained. On the host itself, `lessor agent drain` does it without a name.
+
+    Example: lessor drain gpu-host-7 --wait --timeout 2h
     """
     session = Session.of(context, address, json)
-    _say(session, session.call(lambda client: client.drain(agent)))
+    if timeout is not None and not wait:
+        raise InvalidArgument(violations={"--timeout": "is for --wait"}, remedy="give --wait too")
+    limit = None if timeout is None else parse_duration(timeout, field="--timeout")
+    _say(session, session.call(lambda client: client.drain(agent, wait=wait, timeout=limit)))
 
 
 def undrain(context: typer.Context, agent: AgentRef, address: Address = None, json: Json = False) -> None:

@@ -13,6 +13,7 @@ from lessor.address import resolve_address
 from lessor.errors import InvalidArgument, LessorError, QueueExists
 from lessor.sdk.checks import int32, int64, text, texts
 from lessor.sdk.connection import Connection, Patience
+from lessor.sdk.draining import wait_until_idle
 from lessor.sdk.enums import CancelResult, JobState, from_number
 from lessor.sdk.fleet import Agent, Gpu, Lease, Queue
 from lessor.sdk.following import stream_logs, wait_for_end, watch_changes
@@ -374,14 +375,33 @@ class AsyncClient:
                 return
             request.page_token = page.next_page_token
 
-    async def drain(self, agent: str) -> Agent:
+    async def drain(
+        self,
+        agent: str,
+        *,
+        wait: bool = False,
+        timeout: DurationLike | None = None,  # noqa: ASYNC109
+    ) -> Agent:
         """Stops placing jobs on an agent (id or name). What runs there goes on.
+
+        Once it returns, no lease is made there any more.
+
+        Args:
+            agent: Whose.
+            wait: Return only when no lease is live there: every job it had has
+                ended with its log complete, or stands elsewhere.
+            timeout: Wait no longer; the agent stays drained. Default: for ever.
 
         Raises:
             AgentNotFound: No such agent.
+            WaitTimeout: Jobs were still running there; names them.
         """
+        patience = None if timeout is None else parse_duration(timeout, field="timeout")
         request = fleet_service_pb2.DrainAgentRequest(agent=text("agent", agent))
-        return Agent.from_proto((await self._connection.call(self._connection.fleet.DrainAgent, request)).agent)
+        drained = Agent.from_proto((await self._connection.call(self._connection.fleet.DrainAgent, request)).agent)
+        if not wait:
+            return drained
+        return await wait_until_idle(self._connection, drained, self.agent, self.leases, give_up_after=patience)
 
     async def undrain(self, agent: str) -> Agent:
         """Takes a drain back.

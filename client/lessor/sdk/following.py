@@ -195,14 +195,18 @@ async def wait_for_end(
                 await _wait_for_some(connection, some, get, ended, recheck, partial(limit.reschedule, deadline))
     pending = [job_id for job_id in unique if job_id not in ended]
     if pending:
-        shown = ", ".join(pending[:5]) + (f" and {len(pending) - 5} more" if len(pending) > 5 else "")
         patience = format_duration(give_up_after or timedelta(0))
         raise WaitTimeout(
-            f"{len(pending)} of {len(unique)} jobs had not ended within {patience}: {shown}",
+            f"{len(pending)} of {len(unique)} jobs had not ended within {patience}: {some_of(pending)}",
             pending=pending,
             ended=[ended[job_id] for job_id in unique if job_id in ended],
         )
     return [ended[job_id] for job_id in job_ids]
+
+
+def some_of(job_ids: Sequence[str]) -> str:
+    """Returns the first few of ``job_ids`` for a message, and how many more there are."""
+    return ", ".join(job_ids[:5]) + (f" and {len(job_ids) - 5} more" if len(job_ids) > 5 else "")
 
 
 async def _wait_for_some(

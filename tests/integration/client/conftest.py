@@ -28,7 +28,7 @@ def server() -> Iterator[FakeServer]:
 
 @pytest.fixture
 def client(server: FakeServer) -> Iterator[lessor.Client]:
-    with lessor.Client(server.address, timeout=10) as made:
+    with lessor.Client(server.address, timeout=60) as made:
         yield made
 
 

@@ -277,6 +277,18 @@ def test_agents(cli: Cli, server: FakeServer) -> None:
     assert json.loads(cli("undrain", "--json", "alpha").out)["drained"] is False
 
 
+def test_drain_waits_when_asked_to(cli: Cli, server: FakeServer) -> None:
+    alpha = server.add_agent("alpha")
+    assert cli("drain", "--wait", "alpha").out == "alpha\tdraining\t0\n"
+    alpha.lease_count = 1
+    server.lease_rows.append(fleet_service_pb2.LeaseStatus(lease_id=1, job_id="j1"))
+    ran = cli("drain", "--wait", "--timeout", "0s", "alpha")
+    assert (ran.code, ran.out) == (124, "")
+    assert ran.err == "error: jobs had not ended on alpha within 0s, 1 in all: j1; it stays drained\n"
+    ran = cli("drain", "--timeout", "1s", "alpha")
+    assert (ran.code, ran.err) == (2, "error: --timeout: is for --wait (give --wait too)\n")
+
+
 def test_queues(cli: Cli, server: FakeServer) -> None:
     assert cli("queues", "create", "night", "--max-gpus", "4", "--paused").out == "night\tpaused\t0\t0\t-\t0\t4\n"
     assert cli("queues", "resume", "night").out.split("\t")[1] == "active"

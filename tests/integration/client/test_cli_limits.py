@@ -162,7 +162,7 @@ def test_the_first_look_of_a_wait_takes_no_longer_than_a_call(client: lessor.Cli
     silent = Fault("WatchJobs", hold=threading.Event())
     server.faults.append(silent)
     try:
-        with lessor.Client(server.address, timeout="200ms", connect_timeout=20) as hasty:
+        with lessor.Client(server.address, timeout="200ms", connect_timeout=60) as hasty:
             hasty.get(job)
             with pytest.raises(lessor.WaitTimeout):
                 hasty.wait(job, timeout=0)

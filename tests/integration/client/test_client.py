@@ -63,7 +63,7 @@ def test_a_server_that_comes_late_is_waited_for() -> None:
     fake.serve()
     address = fake.address
     fake.stop()
-    with lessor.Client(address, timeout=20) as client:
+    with lessor.Client(address, timeout=60) as client:
         fake.script(lambda: fake.serve(address))
         assert client.submit(["true"]).id in fake.jobs
     fake.close()
@@ -84,7 +84,7 @@ def test_nobody_at_the_address() -> None:
 
 def test_a_server_that_does_not_answer(server: FakeServer) -> None:
     hold = threading.Event()
-    with lessor.Client(server.address, timeout="300ms", connect_timeout=20) as client:
+    with lessor.Client(server.address, timeout="300ms", connect_timeout=60) as client:
         client.queues()
         server.faults.append(Fault("GetJob", hold=hold))
         with pytest.raises(lessor.RequestTimeout):
@@ -122,7 +122,7 @@ def test_wait_returns_final_jobs_in_order(client: lessor.Client, server: FakeSer
         server.end(three, job_pb2.JOB_STATE_CANCELLED)
 
     server.script(end_the_rest)
-    jobs = client.wait([one, two, three, one], timeout=20)
+    jobs = client.wait([one, two, three, one], timeout=60)
     assert [job.id for job in jobs] == [one, two, three, one]
     assert [job.state for job in jobs[:3]] == [JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED]
     assert jobs[0].result == {"accuracy": 0.9}
@@ -141,7 +141,7 @@ def test_wait_gives_up_and_says_who_is_left(client: lessor.Client, server: FakeS
 
 def test_wait_for_a_job_that_is_not_there(client: lessor.Client) -> None:
     with pytest.raises(lessor.JobNotFound):
-        client.wait("j0000000000009", timeout=20)
+        client.wait("j0000000000009", timeout=60)
 
 
 def test_wait_survives_disconnects_and_a_missed_change(client: lessor.Client, server: FakeServer) -> None:
@@ -156,7 +156,7 @@ def test_wait_survives_disconnects_and_a_missed_change(client: lessor.Client, se
         hold.set()
 
     server.script(end)
-    assert client.wait(job, timeout=20)[0].state is JobState.SUCCEEDED
+    assert client.wait(job, timeout=60)[0].state is JobState.SUCCEEDED
     assert server.count("WatchJobs") >= 2
 
 
@@ -171,7 +171,7 @@ def test_wait_looks_for_itself_when_the_watch_is_silent(client: lessor.Client, s
         server.end(job)
 
     server.script(end)
-    assert client.wait(job, timeout=20, recheck="50ms")[0].state is JobState.SUCCEEDED
+    assert client.wait(job, timeout=60, recheck="50ms")[0].state is JobState.SUCCEEDED
     hold.set()
 
 
@@ -343,6 +343,30 @@ def test_the_fleet(client: lessor.Client, server: FakeServer) -> None:
         client.drain("nope")
 
 
+def test_a_drain_waits_until_nothing_is_live(
+    client: lessor.Client, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lessor.sdk.draining._LOOK_EVERY_S", 0.001)
+    alpha = server.add_agent("alpha")
+    alpha.lease_count = 2
+    server.lease_rows += [fleet_service_pb2.LeaseStatus(lease_id=n, job_id=f"j{n}") for n in (1, 2)]
+    with pytest.raises(
+        lessor.WaitTimeout, match=r"had not ended on alpha within 10ms, 2 in all: j1, j2; it stays"
+    ) as e:
+        client.drain("alpha", wait=True, timeout="10ms")
+    assert e.value.pending == ("j1", "j2")
+    assert client.agent("alpha").drained
+
+    def end_them() -> None:
+        looks = server.count("GetAgent")
+        server.until(lambda: server.count("GetAgent") > looks)
+        alpha.lease_count = 0
+
+    server.script(end_them)
+    assert client.drain("alpha", wait=True, timeout=60).lease_count == 0
+    assert client.drain("alpha", wait=True, timeout=0).drained, "nothing was live at the first look"
+
+
 def test_queues(client: lessor.Client) -> None:
     assert client.create_queue("night", max_gpus=4).max_gpus == 4
     with pytest.raises(lessor.QueueExists):
@@ -436,13 +460,13 @@ def test_the_two_clients_have_the_same_methods() -> None:
 
 
 async def test_the_asynchronous_client(server: FakeServer) -> None:
-    async with lessor.AsyncClient(server.address, timeout=10) as client:
+    async with lessor.AsyncClient(server.address, timeout=60) as client:
         job = await client.submit(["true"])
         server.start(job.id)
         server.log(job.id, b"hello")
         server.end(job.id)
         assert [chunk.data async for chunk in client.logs(job, follow=True)] == [b"hello"]
-        [final] = await client.wait(job, timeout=10)
+        [final] = await client.wait(job, timeout=60)
         assert final.state is JobState.SUCCEEDED
         assert [found.id async for found in client.list()] == [job.id]
 
