@@ -120,7 +120,7 @@ class Recorder:
 
     async def heard(self, condition: Callable[[Line], bool], count: int = 1) -> None:
         """Waits until so many lines meet a condition."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while sum(condition(line) for line in self.conversation.lines) < count:
                 self._news.clear()
                 await self._news.wait()
@@ -281,7 +281,7 @@ async def stale_lease(record: Recorder) -> None:
         await record.pool.execute("UPDATE leader SET clock = clock + 120000")
         await record.state(job, job_pb2.JOB_STATE_FAILED)
         record.proxy.retarget(record.address)
-        await record.host.until(lambda: work.forgotten, timeout_s=30)
+        await record.host.until(lambda: work.forgotten, timeout_s=60)
 
 
 async def cancel(record: Recorder) -> None:

@@ -155,7 +155,7 @@ def start_sleeper(address: str) -> str:
         return job.id
 
 
-def assert_all_gone(pids: set[int], timeout_s: float = 30.0) -> None:
+def assert_all_gone(pids: set[int], timeout_s: float = 60.0) -> None:
     for pid in pids:
         try:
             wait_gone(pid, timeout_s)

@@ -44,7 +44,7 @@ _PATTERNS = {
     r"…": r".*",
     r" +": r" +",
 }
-_TIMEOUT_S = 30.0
+_TIMEOUT_S = 60.0
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from lessor.v1 import agent_service_pb2 as pb
 from lessor.v1 import agent_service_pb2_grpc as pb_grpc
 from tests.support.agent_core import a_grant, keep, log_position
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 class Connection:

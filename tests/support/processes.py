@@ -6,7 +6,7 @@ import os
 import select
 
 
-def wait_gone(pid: int, timeout_s: float = 30.0) -> None:
+def wait_gone(pid: int, timeout_s: float = 60.0) -> None:
     """Returns once process ``pid`` has ended, whoever its parent is.
 
     Raises:

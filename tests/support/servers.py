@@ -15,7 +15,7 @@ from lessor.v1 import agent_service_pb2_grpc, fleet_service_pb2_grpc, job_pb2, j
 from lessor_server.config import ServerSettings
 from lessor_server.server import Server
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 EOF = cast("Any", grpc.aio).EOF
 """What a stream reads at its end; the type stubs do not know it."""
 

@@ -146,7 +146,7 @@ async def test_a_lease_missing_from_heartbeats_is_asked_for(client: Client, agen
     grant = await agent.grant()
     await agent.run(grant)
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not agent.waiting("revokes"):
             await agent.heartbeat()
             await agent.next("ack")

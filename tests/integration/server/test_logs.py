@@ -26,7 +26,7 @@ def logs(database: Database, bells: Bells) -> LogReader:
 
 
 async def everything(pieces: AsyncGenerator[LogPiece, None]) -> list[LogPiece]:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         return [piece async for piece in pieces]
 
 
@@ -179,7 +179,7 @@ async def test_following_goes_over_all_attempts_to_the_end(rows: Rows, logs: Log
         await rows.pool.execute("DELETE FROM lease")
         await rows.attempt(number, lease_id=second, attempt=2, final_state=4)
         bells.logs.ring(number)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await reading
     assert text(told) == b"one two late three four"
     assert [p.attempt for p in told] == [1, 1, 1, 2, 2]
@@ -211,7 +211,7 @@ async def test_bytes_stored_by_another_replica_are_found_by_looking(
         reading = asyncio.ensure_future(anext(pieces))
         await listening(bells, number)
         await rows.log(lease_id, b"hello")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             assert (await reading).data == b"hello"
 
 

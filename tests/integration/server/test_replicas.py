@@ -33,7 +33,7 @@ async def kill_leader(cluster: Cluster, pool: asyncpg.Pool, follower: Server) ->
     assert term["holder"] != follower.replica, "the replica that started first leads"
     killed_at = time.monotonic()
     await cluster.kill_server()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while await pool.fetchval("SELECT epoch FROM leader") == term["epoch"]:
             continue
     vacant = timedelta(seconds=time.monotonic() - killed_at)

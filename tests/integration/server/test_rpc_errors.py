@@ -138,7 +138,7 @@ async def served(database: Database, catalog: Catalog, bells: Bells) -> AsyncGen
 
 async def refused(call: Any) -> aio.AioRpcError:
     with pytest.raises(aio.AioRpcError) as failure:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await call
     return failure.value
 
@@ -328,7 +328,7 @@ async def test_log_bytes_may_hold_anything(served: Served) -> None:
     call = served.agent.Connect()
     await call.write(agents_pb.ConnectRequest(log_chunks=agents_pb.LogChunks(chunks=[chunk])))
     await call.write(agents_pb.ConnectRequest(goodbye=agents_pb.Goodbye(reason="done")))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         answer = await call.read()
     assert answer.reconnect.reason == "bye"
     assert served.agents.heard == ["log_chunks", "goodbye"]
@@ -355,7 +355,7 @@ async def test_a_call_runs_on_when_its_client_goes_away(served: Served) -> None:
     served.writes.go_on.clear()
     call = served.jobs.SubmitJob(pb.SubmitJobRequest(request_id="r", spec=spec()))
     asyncio.ensure_future(call)  # noqa: RUF006
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await served.writes.entered.wait()
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -377,7 +377,7 @@ async def test_stopping_ends_streams_with_a_reason_and_lets_calls_end(served: Se
     standing = health.Watch(health_pb2.HealthCheckRequest())
     served.writes.go_on.clear()
     submit = served.jobs.SubmitJob(pb.SubmitJobRequest(spec=spec()))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         first: Any = await watch.read()
         assert first.cursor
         assert (await standing.read()).status == health_pb2.HealthCheckResponse.SERVING
@@ -428,7 +428,7 @@ async def test_a_client_can_be_built_from_reflection_alone(served: Served) -> No
             )
             request: Any = request_type()
             request.spec.command.argv.append("true")
-            return str(call(request, timeout=20).job_id)
+            return str(call(request, timeout=60).job_id)
 
     assert await asyncio.to_thread(ask) == encode_job_id(1)
 
@@ -463,7 +463,7 @@ async def test_a_client_that_leaves_a_watch_leaves_nothing_behind(served: Served
     await rows.ready(number)
     watch = served.jobs.WatchJobs(pb.WatchJobsRequest(job_ids=[encode_job_id(number)], include_progress=True))
     logs = served.jobs.StreamLogs(pb.StreamLogsRequest(job_id=encode_job_id(number), follow=True))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await watch.read()
         await until(lambda: bells.progress._bells and bells.logs._bells)  # noqa: SLF001
         watch.cancel()

@@ -37,7 +37,7 @@ class Reader:
         self.last = WatchJobsResponse()
 
     async def next(self) -> list[Told]:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             self.last = await anext(self._responses)
         self.cursor = self.last.cursor
         return [(decode_job_id(c.job_id), c.state, c.attempt) for c in self.last.changes]
@@ -278,7 +278,7 @@ async def test_the_hub_rests_when_nobody_watches(rows: Rows, database: Database,
         await until(lambda: not subscription.empty)
     task = hub._task  # noqa: SLF001
     assert task is not None
-    await asyncio.wait_for(task, 10)
+    await asyncio.wait_for(task, 60)
     await rows.event((2, 1, 0))
     # What happened in between is not for a new subscription.
     async with hub.subscribe(WatchFilter(), Bell()) as subscription:

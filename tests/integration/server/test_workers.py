@@ -65,7 +65,7 @@ def test_connections_of_an_earlier_server_do_not_stand_in_the_way(shared: bool) 
 def test_connections_go_to_the_listeners_alone() -> None:
     with Claim("127.0.0.1", 0) as claim, listener(claim.port, shared=True) as only:
         for _ in range(20):
-            with socket.create_connection(("127.0.0.1", claim.port), timeout=10):
+            with socket.create_connection(("127.0.0.1", claim.port), timeout=60):
                 only.accept()[0].close()
 
 
