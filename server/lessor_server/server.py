@@ -30,7 +30,7 @@ from lessor_server.sessions.servicer import AgentServicer
 from lessor_server.sessions.stream import Streams
 from lessor_server.store import migrate
 from lessor_server.store.catalog import Catalog
-from lessor_server.store.database import Database
+from lessor_server.store.database import Database, guarded
 from lessor_server.store.partitions import ensure_partitions
 from lessor_server.wakeups import Wakeups
 
@@ -65,7 +65,8 @@ class Server:
         try:
             await migrate.check(self._database.pool)
             async with self._database.pool.acquire() as connection:
-                await ensure_partitions(connection)
+                # A migration may hold a table just now.
+                await guarded(lambda: ensure_partitions(connection))
             await self._build()
         except BaseException:
             await self._database.close()
@@ -146,12 +147,13 @@ class Server:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._jobs.close()
-        await self._commits.close()
         try:
+            # Before the last commits, which may take long: nobody ticks any more, and others would have to notice.
             await self._leadership.resign()
         except Exception as error:
             logger.warning("could not resign", extra={"event": "resign", "error": str(error)})
+        await self._jobs.close()
+        await self._commits.close()
         await self._database.close()
         if self._failed is not None and not self._failed.done():
             self._failed.cancel()

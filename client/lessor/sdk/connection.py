@@ -1,8 +1,8 @@
 """One channel to the server: options, deadlines, retries.
 
-A call is tried again on UNAVAILABLE, after a backoff with jitter, until the
-deadline; the request stays the same, so a ``request_id`` in it makes a repeated
-mutation one mutation.
+A call is tried again on UNAVAILABLE and on CANCELLED, after a backoff with jitter,
+until the deadline; the request stays the same, so a ``request_id`` in it makes a
+repeated mutation one mutation.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ CONNECT_TIMEOUT = timedelta(seconds=5)
 """For one try to connect."""
 LONGEST_CONNECT = 2 * CONNECT_TIMEOUT
 """A stream that ends after this long had been connected."""
+
+_GONE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
+"""What a server that goes away leaves of its calls. CANCELLED is what gRPC makes of those that reach it while it stops,
+however gracefully; a call that is cancelled here ends with :class:`asyncio.CancelledError` instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +120,7 @@ class Outage:
         if self._stream and (self._tries == 0 or now - self._tried_at > LONGEST_CONNECT.total_seconds()):
             # A try that lasted longer than any connect was a quiet stream: it broke just now.
             self._tries, self._began = 0, now
-        if error is not None and error.code() is not grpc.StatusCode.UNAVAILABLE:
+        if error is not None and error.code() not in _GONE:
             translated = error_from(error, str(connection.address))
             if not isinstance(translated, RequestTimeout):
                 connection.answered = True

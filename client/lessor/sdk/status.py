@@ -39,6 +39,7 @@ _BY_CODE: dict[grpc.StatusCode, type[LessorError]] = {
     grpc.StatusCode.FAILED_PRECONDITION: FailedPrecondition,
     grpc.StatusCode.RESOURCE_EXHAUSTED: TooLarge,
     grpc.StatusCode.UNAVAILABLE: ServerUnreachable,
+    grpc.StatusCode.CANCELLED: ServerUnreachable,
     grpc.StatusCode.DEADLINE_EXCEEDED: RequestTimeout,
 }
 """For a status without a reason of ours: gRPC itself made it, or a proxy did."""
@@ -137,6 +138,8 @@ def _status(error: aio.AioRpcError) -> status_pb2.Status:
 def _cause(error: aio.AioRpcError) -> str:
     """Returns the part of gRPC's text that tells people something."""
     text = error.details() or "no details"
+    if error.code() is grpc.StatusCode.CANCELLED:
+        return "it stopped while it was asked"
     for known in ("Connection refused", "DNS resolution failed", "Connection reset", "Socket closed", "GOAWAY"):
         if known.lower() in text.lower():
             return known.lower() if known not in ("GOAWAY", "DNS resolution failed") else _NAMES[known]
