@@ -32,6 +32,7 @@ from lessor_agent.runtimes.base import (
     Execution,
     ExecutionVanished,
     Exit,
+    OnLost,
     Runtime,
     StartRefused,
     StartRequest,
@@ -77,6 +78,8 @@ class Attempt:
     rebooted: bool
     unwatch: Callable[[], None]
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    follower: asyncio.Task[None] | None = None
+    """Reports what it writes, and its end."""
     over: asyncio.Event = field(default_factory=asyncio.Event)
     exit: Exit | None = None
     """How it ended, once ``over`` is set; None then: nobody knows."""
@@ -160,7 +163,8 @@ class Supervisor:
             self._spawn(self._watch_gpus(), "gpus")
             self._core.hold()
             self._do(self._core.restore(self._clock_ns()))
-            await self._attend_adopted()
+            for lease_id, execution in self._adopted.executions.items():
+                self._attend(lease_id, execution, rebooted=self._adopted.rebooted)
             if not self._stopping.is_set():
                 self._do(self._core.start(self._clock_ns()))
             await self._stopping.wait()
@@ -187,11 +191,33 @@ class Supervisor:
 
     def stream_opened(self, stream_id: int) -> None:
         """See :class:`lessor_agent.stream.StreamListener`."""
-        self._do(self._core.stream_opened(stream_id, self._clock_ns()))
+        self._once_ends_are_heard(lambda: self._core.stream_opened(stream_id, self._clock_ns()))
 
     def stream_message(self, stream_id: int, message: pb.ConnectResponse) -> None:
         """See :class:`lessor_agent.stream.StreamListener`."""
-        self._do(self._core.message(stream_id, message, self._clock_ns()))
+        if message.HasField("hello_requested"):
+            self._once_ends_are_heard(lambda: self._core.message(stream_id, message, self._clock_ns()))
+        else:
+            self._do(self._core.message(stream_id, message, self._clock_ns()))
+
+    def _once_ends_are_heard(self, leads_to_hello: Callable[[], Sequence[act.Action]]) -> None:
+        """Has what ended be known before a Hello.
+
+        An agent that was not there, or stood still, has not read yet what ended
+        meanwhile. Where a lease has expired and its job waits again, the Hello that says
+        so keeps the job from being given to somebody else before its end is told.
+        """
+        followers = (attempt.follower for attempt in self._attempts.values() if attempt.execution.ended)
+        over = [follower for follower in followers if follower is not None and not follower.done()]
+        if not over:
+            self._do(leads_to_hello())
+            return
+
+        async def later() -> None:
+            await asyncio.wait(over, timeout=HEAR_OF_ENDS_S)
+            self._do(leads_to_hello())
+
+        self._spawn(later(), "hello")
 
     def stream_lost(self, stream_id: int, loss: Loss) -> None:
         """See :class:`lessor_agent.stream.StreamListener`."""
@@ -274,7 +300,8 @@ class Supervisor:
     async def _prepare(self, action: act.Prepare) -> None:
         runtime = self._runtimes[action.runtime]
         try:
-            execution = await runtime.prepare(start_request(action.grant, action.deadline_ns))
+            request = start_request(action.grant, action.deadline_ns, can_freeze=runtime.capabilities.can_freeze)
+            execution = await runtime.prepare(request)
         except StartRefused as refusal:
             error = job_error(job_pb2.ERROR_CLASS_INFRASTRUCTURE, "START_REFUSED", str(refusal), retryable=True)
             self._do(self._core.prepare_refused(action.lease_id, error, self._clock_ns()))
@@ -343,23 +370,8 @@ class Supervisor:
             # Its lease is over and answered: what is left costs disk, nothing else.
             log.exception("files of an ended job remain", extra={"event": "forget", "lease_id": lease_id})
 
-    async def _attend_adopted(self) -> None:
-        """Follows what was found, and has what ended while no agent was here be known before the first Hello.
-
-        Where its lease has expired meanwhile and its job waits again, the Hello that
-        says so keeps the job from being given to somebody else before its end is told.
-        """
-        over = []
-        for lease_id, execution in self._adopted.executions.items():
-            ended = execution.ended
-            follower = self._attend(lease_id, execution, rebooted=self._adopted.rebooted)
-            if ended:
-                over.append(follower)
-        if over:
-            await asyncio.wait(over, timeout=HEAR_OF_ENDS_S)
-
-    def _attend(self, lease_id: int, execution: Execution, *, rebooted: bool) -> asyncio.Task[None]:
-        """Follows an execution; returns the task that reports what it writes, and its end."""
+    def _attend(self, lease_id: int, execution: Execution, *, rebooted: bool) -> None:
+        """Follows an execution: reports what it writes, and its end."""
         output = OutputReader(execution.output, lease_id)
         changed = asyncio.Event()
         files: tuple[Path, ...] = (execution.output.stdout, execution.output.stderr, execution.output.events)
@@ -369,7 +381,7 @@ class Supervisor:
         changed.set()
         self._attempts[lease_id] = attempt
         self._spawn(self._await_end(attempt), f"wait-{lease_id}")
-        return self._spawn(self._follow(lease_id, attempt), f"follow-{lease_id}")
+        attempt.follower = self._spawn(self._follow(lease_id, attempt), f"follow-{lease_id}")
 
     async def _await_end(self, attempt: Attempt) -> None:
         try:
@@ -520,10 +532,23 @@ def _look(attempt: Attempt, *, final: bool) -> tuple[Look, News]:
     return look, attempt.events.feed(look.events)
 
 
-def start_request(grant: pb.Grant, deadline_ns: int) -> StartRequest:
-    """Returns what a runtime must know to prepare ``grant``."""
+_ON_LOST = {
+    job_pb2.ON_LEASE_LOST_FREEZE: OnLost.FREEZE,
+    job_pb2.ON_LEASE_LOST_CONTINUE: OnLost.CONTINUE,
+}
+"""What is not here is stopped: also what an older or a newer server says."""
+
+
+def start_request(grant: pb.Grant, deadline_ns: int, *, can_freeze: bool) -> StartRequest:
+    """Returns what a runtime, which can freeze or cannot, must know to prepare ``grant``."""
     command = grant.spec.command
     timeouts = grant.spec.timeouts
+    lease = grant.spec.lease
+    on_lost = _ON_LOST.get(lease.on_lost, OnLost.STOP)
+    if on_lost is OnLost.FREEZE and not can_freeze:
+        on_lost = OnLost.STOP
+    # Only what is stopped for the sake of its lease needs a grace that the lease has room for.
+    grace = grant.grace if on_lost is OnLost.STOP or not lease.HasField("grace") else lease.grace
     return StartRequest(
         lease_id=grant.lease_id,
         job_id=grant.job_id,
@@ -533,7 +558,8 @@ def start_request(grant: pb.Grant, deadline_ns: int) -> StartRequest:
         working_dir=Path(command.working_dir) if command.working_dir else None,
         user=command.user or None,
         gpu_uuids=tuple(grant.gpu_uuids),
-        grace=duration(grant.grace),
+        grace=duration(grace),
+        on_lost=on_lost,
         run_timeout=duration(timeouts.run) if timeouts.HasField("run") else None,
         checkpoint=grant.checkpoint if grant.HasField("checkpoint") else None,
         deadline_ns=deadline_ns,

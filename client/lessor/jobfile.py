@@ -38,7 +38,7 @@ _TEXT_LISTS = frozenset({"command"})
 _TEXT_MAPPINGS = frozenset({"env", "labels"})
 _TEXTS = frozenset(
     {"name", "queue", "runtime", "working_dir", "user", "gpu_model", "dedupe_key", "cpu", "memory", "gpu_memory"}
-    | {"backoff", "backoff_max", "timeout", "queue_timeout", "start_timeout", "ttl", "grace"}
+    | {"backoff", "backoff_max", "timeout", "queue_timeout", "start_timeout", "ttl", "grace", "on_lease_lost"}
 )
 """Fields whose scalar is read as written: a name may be 007, a memory 1_0 must not become 10."""
 

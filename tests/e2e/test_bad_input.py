@@ -93,7 +93,12 @@ async def test_bad_flags_of_submit_and_run(shell: Shell) -> None:
         (("--selector", "zone ==== a", *TRUE), ("--selector", "zone ==== a", "key=value")),
         (("--label", "novalue", *TRUE), ("--label", "novalue", "=")),
         (("--ttl", "5s", *TRUE), ("ttl", "10")),
-        (("--ttl", "10s", "--grace", "9s", *TRUE), ("grace", "9 s", "ttl of 10 s", "use less than")),
+        (
+            ("--ttl", "10s", "--grace", "9s", "--on-lease-lost", "stop", *TRUE),
+            ("grace", "9 s", "ttl of 10 s", "use less than", "on_lost", "FREEZE"),
+        ),
+        (("--on-lease-lost", "melt", *TRUE), ("--on-lease-lost", "'melt'", "freeze, stop or continue")),
+        (("--runtime", "other", "--on-lease-lost", "freeze", *TRUE), ("on_lost", "'other'", "cannot freeze", "STOP")),
         (("--workdir", "here", *TRUE), ("working_dir", "absolute")),
         (("--env", "LESSOR_JOB_ID=1", *TRUE), ("LESSOR_",)),
         (("--gpu-model", "H200", *TRUE), ("gpu_model", "gpu_count")),
@@ -216,11 +221,13 @@ async def test_a_server_on_a_schema_that_is_not_its_own(
     empty = await asyncio.to_thread(server, empty_database_url, *flags)
     empty.refused("no Lessor schema", "lessor server migrate", code=1)
     await pool.execute("UPDATE alembic_version SET version_num = '9999_from_the_future'")
+    # It serves none of today's servers any more.
+    await pool.execute("UPDATE schema_floor SET revision = '9999_from_the_future'")
     for ran in (
         await asyncio.to_thread(server, database_url, *flags),
         await asyncio.to_thread(run, "server", "migrate", "--database-url", database_url),
     ):
-        ran.refused("9999_from_the_future", "does not know", "newer", code=1)
+        ran.refused("9999_from_the_future", "serves servers of schema", "a newer one", code=1)
     assert await pool.fetchval("SELECT version_num FROM alembic_version") == "9999_from_the_future"
 
 

@@ -6,16 +6,17 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import lessor_agent
 from lessor_agent.boottime import NS_PER_MS, boottime_ns
 from lessor_agent.keeper.kernel import IDLE_TITLE
 from lessor_agent.keeper.tree import read_process
-from lessor_agent.runtimes.base import Execution, Exit, RuntimeContext, StartRequest, StopCause
+from lessor_agent.runtimes.base import Execution, Exit, OnLost, RuntimeContext, StartRequest, StopCause
 from lessor_agent.runtimes.process import ProcessRuntime, find_keepers
 from tests.support.processes import wait_gone
 
@@ -34,6 +35,7 @@ def start_request(lease_id: int, argv: Sequence[str], *, deadline_ms: int = 60_0
         user=None,
         gpu_uuids=(),
         grace=timedelta(seconds=10),
+        on_lost=OnLost.STOP,
         run_timeout=None,
         checkpoint=None,
         deadline_ns=boottime_ns() + deadline_ms * NS_PER_MS,
@@ -65,18 +67,55 @@ async def open_runtime(state_dir: Path) -> AsyncIterator[ProcessRuntime]:
             except Exception:  # whatever it is, the next one is to be ended too
                 continue
             await execution.stop(StopCause.STALE, timedelta(0))
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await execution.wait()
         await runtime.close()
         for pid in find_keepers(state_dir).values():
             await gone(pid)
 
 
+# `kill_self` is what a keeper dies of; `once(path)` is true for the first that asks, in whatever process;
+# `held(path)` returns when the test has written a line into that pipe.
+_ENTRY = """
+import os, sys
+sys.path.append({agent!r})
+from lessor_agent.keeper import child, directory, duty, freezer, groups, guard, spawned_child, zygote
+
+def kill_self(*_, **__):
+    os.kill(os.getpid(), 9)
+
+def once(path):
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+def held(path):
+    with open(path) as pipe:
+        pipe.readline()
+
+{fault}
+
+zygote.main(sys.argv[1:])
+"""
+
+Break = Callable[[str], None]
+"""Has the zygotes that are started from now on, and their keepers, run with a fault: lines of Python."""
+
+
+def write_faulty_entry(directory: Path, fault: str) -> None:
+    """Makes ``directory`` with an entry of the zygote that runs the shipped code, changed by ``fault``."""
+    directory.mkdir()
+    agent = str(Path(lessor_agent.__file__).parents[1])
+    (directory / "__main__.py").write_text(_ENTRY.format(agent=agent, fault=fault))
+
+
 async def run(runtime: ProcessRuntime, request: StartRequest) -> tuple[Execution, Exit]:
     """Runs a request to its end."""
     execution = await runtime.prepare(request)
     await execution.begin()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         return execution, await execution.wait()
 
 
@@ -98,7 +137,7 @@ def keeper_of(execution: Execution) -> int:
 
 async def idle(pid: int) -> None:
     """Returns once keeper ``pid`` guards nothing, and has said so."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0") != IDLE_TITLE.rstrip(b"\0"):  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
@@ -119,7 +158,7 @@ class Fifo:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._fd, readable.set)
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while b"\n" not in self._data:
                     readable.clear()
                     await readable.wait()

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from lessor_agent.keeper.child import IGNORED, WORKLOAD_UMASK, Child, ChildRefused, close_all_but
 from lessor_agent.keeper.directory import LeaseDirectory, LockTaken, listen_homeless
 from lessor_agent.keeper.forked_child import ForkedChild
-from lessor_agent.keeper.guard import Keeper, Wakes
+from lessor_agent.keeper.guard import Keeper
 from lessor_agent.keeper.kernel import (
     IDLE_TITLE,
     become_subreaper,
@@ -37,6 +37,7 @@ from lessor_agent.keeper.kernel import (
 from lessor_agent.keeper.record import DeadlineRecord
 from lessor_agent.keeper.spawned_child import CAN_SPAWN, SpawnedChild
 from lessor_agent.keeper.spec import KeeperSpec
+from lessor_agent.keeper.wakes import Wakes
 
 MAX_LEASES = 1000
 """A keeper that has guarded so many, one after the other, exits: nothing that it may have leaked grows without end."""

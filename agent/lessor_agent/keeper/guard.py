@@ -8,7 +8,7 @@ and the deadline does.
 
 Protocol on the control socket, JSON lines. Agent: ``{"op": "begin"}``,
 ``{"op": "stop", "cause", "grace_ms"}``. Keeper, at connect and at each change:
-``{"state": "prepared" | "running" | "ended", "pid", "started_at_ns",
+``{"state": "prepared" | "running" | "ended", "frozen", "pid", "started_at_ns",
 "record_fd", "outcome"}``. Several agents may be connected; each has equal say.
 The outcome is told, and then hung up, when the lease is guarded no more: the
 tree is gone, the outcome stored (unless the disk is full), the lock free.
@@ -16,51 +16,32 @@ tree is gone, the outcome stored (unless the disk is full), the lock free.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import select
-import signal
 import socket
 import time
 
 from lessor_agent.boottime import NS_PER_MS, boottime_ns
 from lessor_agent.keeper.child import REVOKED, Child, Failure, describe_failure
 from lessor_agent.keeper.directory import LeaseDirectory, Outcome, peer
+from lessor_agent.keeper.freezer import Freezer
 from lessor_agent.keeper.kernel import LEAVING_TITLE, set_title
 from lessor_agent.keeper.record import DeadlineRecord
 from lessor_agent.keeper.spawned_child import SpawnedChild
 from lessor_agent.keeper.spec import KeeperSpec
 from lessor_agent.keeper.tree import Process, all_processes, below, freeze_and_kill, terminate
-from lessor_agent.keeper.verdict import KEEPER_DIED, LEFTOVER_GRACE_NS, Step, judge
+from lessor_agent.keeper.verdict import KEEPER_DIED, LEFTOVER_GRACE_NS, STOP, Step, judge
+from lessor_agent.keeper.wakes import Wakes
 
 _MAX_POLL_MS = 500
 _KILL_POLL_MS = (5, 200)
 """Between rounds of killing: at first, and at most, when something cannot die yet."""
+_FREEZE_POLL_MS = (2, 200)
+"""Between looks at a tree that is not known to stand still yet."""
+_THAW_AGAIN_MS = 200
 _READ_BYTES = 1 << 16
 _MAX_LINE_BYTES = 1 << 16
-
-
-class Wakes:
-    """A pipe that becomes readable when a child dies, or when :meth:`ring` was called, in whatever thread."""
-
-    def __init__(self) -> None:
-        self.fd, self._write_fd = os.pipe()
-        for fd in (self.fd, self._write_fd):
-            os.set_blocking(fd, False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
-
-    def ring(self) -> None:
-        """Wakes the keeper; of many rings at once it may hear one."""
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._write_fd, b"\0")
-
-    def drain(self) -> None:
-        """Forgets what was rung so far."""
-        with contextlib.suppress(BlockingIOError):
-            while len(os.read(self.fd, 512)) == 512:
-                pass
 
 
 class Keeper:
@@ -106,6 +87,8 @@ class Keeper:
         self._leftovers_due = False
         """The main process ended by itself and what it left behind was not asked to go yet."""
         self._kill_poll_ms = _KILL_POLL_MS[0]
+        self._freezer = Freezer(spec.lease_id)
+        self._freeze_poll_ms = _FREEZE_POLL_MS[0]
         self._ended: Outcome | None = None
         self._stored = False
         self._dropped = False
@@ -138,12 +121,20 @@ class Keeper:
         """Does what is due and returns for how many milliseconds nothing else is."""
         self.keep_log()
         now_ns = boottime_ns()
+        on_lost, grace_ns = self._spec.on_lost, self._spec.grace_ns
+        if self._begun_at_ns is None and on_lost != STOP:
+            # What has not begun cannot be kept, or go on; and nothing of it needs time to tidy up.
+            on_lost, grace_ns = STOP, 0
         verdict = judge(
             now_ns=now_ns,
             deadline_ns=self._record.deadline_ns(),
-            grace_ns=self._spec.grace_ns,
+            grace_ns=grace_ns,
             run_until_ns=self._run_until_ns,
             kill_at_ns=self._kill_at_ns,
+            on_lost=on_lost,
+            frozen=self._freezer.frozen,
+            # There is nothing to gather while it is being started.
+            gathered=self._freezer.gathered or self._starting,
         )
         if verdict.step is Step.KILL or self._killing:
             self._begin_stop(verdict.cause, verdict.kill_at_ns)
@@ -153,6 +144,13 @@ class Keeper:
         if verdict.step is Step.STOP:
             self._begin_stop(verdict.cause, verdict.kill_at_ns)
             self._terminate()
+        elif verdict.step is Step.GATHER:
+            self._freezer.gather()
+            return 0
+        elif verdict.step is Step.THAW:
+            return self._thaw()
+        elif verdict.step is Step.FREEZE or self._freezer.frozen:
+            return min(self._freeze(), max(0, verdict.wake_at_ns - now_ns) // NS_PER_MS + 1)
         return min(_MAX_POLL_MS, max(0, verdict.wake_at_ns - now_ns) // NS_PER_MS + 1)
 
     def _begin_stop(self, cause: str | None, kill_at_ns: int) -> None:
@@ -177,6 +175,28 @@ class Keeper:
     def _kill(self) -> None:
         self._killing = True
         freeze_and_kill(self._tree)
+
+    def _freeze(self) -> int:
+        """Has the tree stand still, or sees to it that it does; returns when to look again, in milliseconds."""
+        begins = not self._freezer.frozen
+        still = self._freezer.freeze()
+        if begins:
+            self._freeze_poll_ms = _FREEZE_POLL_MS[0]
+            self._tell_all()
+        if still:
+            return _MAX_POLL_MS
+        poll_ms, self._freeze_poll_ms = self._freeze_poll_ms, min(self._freeze_poll_ms * 2, _FREEZE_POLL_MS[1])
+        return poll_ms
+
+    def _thaw(self) -> int:
+        """Has the tree go on; returns when to act again: at once, for the deadline is looked at after a thaw, too."""
+        try:
+            self._freezer.thaw()
+        except OSError as error:
+            self._log(f"could not thaw, trying again: {error}")
+            return _THAW_AGAIN_MS
+        self._tell_all()
+        return 0
 
     def _tree(self) -> list[Process]:
         return [p for p in below(all_processes(), [os.getpid()]) if p.alive]
@@ -206,7 +226,8 @@ class Keeper:
         self._hear_child()
         if self._kill_at_ns is None:
             self._kill_at_ns = boottime_ns() + min(self._spec.grace_ns, LEFTOVER_GRACE_NS)
-            self._leftovers_due = True
+            # SIGTERM comes with SIGCONT: what stands still is killed as it stands.
+            self._leftovers_due = not self._freezer.frozen
 
     # -- the workload's start ----------------------------------------------
 
@@ -302,6 +323,11 @@ class Keeper:
 
     def _stop(self, cause: str, grace_ms: object) -> None:
         grace_ns = self._spec.grace_ns if grace_ms is None else int(str(grace_ms)) * NS_PER_MS
+        if self._freezer.frozen:
+            # By now the server may have said that it goes on; then it is asked as any other.
+            self._act()
+        if self._freezer.frozen:
+            grace_ns = 0
         kill_at_ns = boottime_ns() + max(0, grace_ns)
         if self._kill_at_ns is not None:
             if self._cause is None and self._main_status is None:
@@ -318,6 +344,7 @@ class Keeper:
     def _status(self, outcome: Outcome | None) -> bytes:
         status = {
             "state": "ended" if outcome else self._state,
+            "frozen": self._freezer.frozen,
             "pid": self._child.pid,
             "started_at_ns": self._begun_at_ns,
             "record_fd": self._record_fd,
@@ -370,6 +397,7 @@ class Keeper:
         self._record.close()
         os.close(self._record_fd)
         self._child.close()
+        self._freezer.close()
         self.keep_log()
         self._directory.close()
         # Whoever hears this, or its end of file, may count on the lock being free.
@@ -393,8 +421,13 @@ class Keeper:
         except OSError:
             # Nobody could find it.
             return
-        os.write(fd, said)
-        os.close(fd)
+        try:
+            os.write(fd, said)
+        except OSError:
+            # A full disk. What is not said costs less than a guard that dies of it.
+            return
+        finally:
+            os.close(fd)
 
     def _outcome(self) -> Outcome:
         exit_code, signum = None, 0

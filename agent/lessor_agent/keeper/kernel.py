@@ -20,12 +20,9 @@ _ARG_START_FIELD = 48
 """Number of ``arg_start`` in /proc/<pid>/stat, counted from 1; ``arg_end`` follows."""
 
 KEEPER_TITLE = b"lessor-keeper"
-"""argv[0] of every keeper."""
+"""argv[0] of every keeper, and its name in ps and top, of which the kernel keeps 15 bytes."""
 
-KEEPER_NAME = b"lessor-keeper"
-"""A keeper's name in ps and top; the kernel keeps 15 bytes of it."""
-
-_name = ctypes.create_string_buffer(KEEPER_NAME)
+_name = ctypes.create_string_buffer(KEEPER_TITLE)
 
 TITLE_RESERVE = "." * 64
 """Last argument of the zygote: room so that a keeper's title always fits over the zygote's arguments."""

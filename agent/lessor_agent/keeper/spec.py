@@ -33,6 +33,8 @@ class KeeperSpec(NamedTuple):
     run_timeout_ns: int | None
     open_files: int | None = None
     """Soft limit of open files for the workload; None: the keeper's."""
+    on_lost: str = "stop"
+    """What becomes of the tree at the deadline: one of the words of :mod:`.verdict`."""
 
     def to_text(self) -> str:
         """Returns the form that travels: JSON."""

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from lessor_agent.keeper.groups import groups_of, thaw_all
+
 _MAX_PASSES = 64
 """Passes before killing what was found so far; a tree still growing then is killed in rounds."""
 
@@ -76,6 +78,39 @@ def below(table: dict[int, Process], roots: Iterable[int]) -> list[Process]:
     return found
 
 
+def offspring(root: int) -> list[Process]:
+    """Returns every process below ``root`` without looking at all others of the host.
+
+    One may be missed if a sibling of it ends at that moment; what stands still is
+    never missed.
+    """
+    if not os.path.exists(f"/proc/{root}/task/{root}/children"):
+        # A kernel without CONFIG_PROC_CHILDREN.
+        return below(all_processes(), [root])
+    found: list[Process] = []
+    queue = [root]
+    seen = {root}
+    for pid in queue:
+        for child in _children(pid):
+            if child not in seen and (process := read_process(child)) is not None:
+                seen.add(child)
+                found.append(process)
+                queue.append(child)
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    children: list[int] = []
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children", "rb") as file:
+                children += map(int, file.read().split())
+    except (FileNotFoundError, ProcessLookupError):
+        # It, or that thread, ended meanwhile: what it leaves goes to another of them, or up to the keeper.
+        return children
+    return children
+
+
 def send(process: Process, signum: int) -> bool:
     """Sends ``signum`` to exactly this process, never to one that got its pid later.
 
@@ -130,7 +165,11 @@ def freeze_and_kill(find: Callable[[], list[Process]]) -> int:
         for process in fresh:
             frozen[process.pid, process.start_ticks] = process
             send(process, signal.SIGSTOP)
-    return sum(send(process, signal.SIGKILL) for process in frozen.values())
+    # They may be in a group that a keeper has frozen, and could not die there.
+    groups = groups_of(process.pid for process in frozen.values())
+    killed = sum(send(process, signal.SIGKILL) for process in frozen.values())
+    thaw_all(groups)
+    return killed
 
 
 def end_lease_processes(lease_directory: str, session: int | None, *, patience_s: float) -> bool:

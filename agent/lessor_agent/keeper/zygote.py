@@ -32,9 +32,11 @@ from typing import NoReturn
 
 from lessor_agent.keeper import duty
 from lessor_agent.keeper.child import IGNORED, reset_signals
+from lessor_agent.keeper.groups import remove_abandoned
 from lessor_agent.keeper.kernel import become_subreaper, title_room
 from lessor_agent.keeper.spec import KeeperSpec
 from lessor_agent.keeper.tree import Process, all_processes, below, freeze_and_kill
+from lessor_agent.keeper.wakes import Wakes
 
 _IDLE_POLL_MS = 60_000
 _SWEEP_POLL_MS = (20, 1000)
@@ -78,21 +80,17 @@ class Zygote:
         self._orphans_suspected = False
         self._sweep_poll_ms = _SWEEP_POLL_MS[0]
         self._poll = select.poll()
-        self._wake_read, self._wake_write = os.pipe()
-        for fd in (self._wake_read, self._wake_write):
-            os.set_blocking(fd, False)
-        self._poll.register(self._wake_read, select.POLLIN)
+        self._wakes = Wakes()
+        self._poll.register(self._wakes.fd, select.POLLIN)
         self._poll.register(agent.fileno(), select.POLLIN)
 
     def serve(self) -> None:
         """Answers the agent until it is gone, and buries its keepers until none is left."""
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         self._answer({"ready": os.getpid()})
         while self._agent is not None or self._keepers or self._orphans_suspected:
             ready = {fd for fd, _ in self._poll.poll(self._poll_ms())}
-            if self._wake_read in ready:
-                _drain(self._wake_read)
+            if self._wakes.fd in ready:
+                self._wakes.drain()
             for fd in ready:
                 if (keeper := self._connected.get(fd)) is not None:
                     self._read_keeper(keeper)
@@ -254,6 +252,8 @@ class Zygote:
             self._sweep_poll_ms = min(self._sweep_poll_ms * 2, _SWEEP_POLL_MS[1])
             return
         self._sweep_poll_ms = _SWEEP_POLL_MS[0]
+        if self._orphans_suspected:
+            remove_abandoned()
         self._orphans_suspected = False
         for number in self._sweeps:
             self._answer({"id": number, "swept": True})
@@ -277,14 +277,6 @@ def _become_keeper(spec: str, zygote: socket.socket) -> NoReturn:
         traceback.print_exc()
     finally:
         os._exit(status)
-
-
-def _drain(fd: int) -> None:
-    try:
-        while os.read(fd, 512):
-            pass
-    except BlockingIOError:
-        return
 
 
 def main(arguments: list[str]) -> NoReturn:

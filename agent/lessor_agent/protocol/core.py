@@ -364,6 +364,8 @@ class AgentCore:
     def _greet(self, now_ns: int) -> None:
         self._leases.pause_logs()
         self._session.greet(now_ns)
+        for lease in self._leases:
+            lease.listed = lease.phase
         profile = self._profile
         interval = Duration()
         interval.FromTimedelta(profile.heartbeat_interval)
@@ -408,6 +410,8 @@ class AgentCore:
         self._desk.events.unsend()
         self._leases.answered(welcome.leases, now_ns)
         self._leases.renew_all()
+        stale = {answer.lease_id for answer in welcome.leases if answer.decision == pb.LEASE_DECISION_STALE}
+        self._tell_of_ends(stale, now_ns)
 
     def _asked_for_hello(self, message: pb.ConnectResponse, now_ns: int) -> None:
         reason = message.hello_requested.reason
@@ -431,6 +435,14 @@ class AgentCore:
         if self._is_current(revokes.epoch, "revokes"):
             for revoke in revokes.revokes:
                 self._leases.revoked(revoke, now_ns)
+            stale = {revoke.lease_id for revoke in revokes.revokes if revoke.reason == pb.REVOKE_REASON_STALE}
+            self._tell_of_ends(stale, now_ns)
+
+    def _tell_of_ends(self, stale: Iterable[int], now_ns: int) -> None:
+        """Says Hello again if one of the leases said to be over has ended unbeknown to whoever said so."""
+        held = [lease for lease_id in stale if (lease := self._leases.get(lease_id)) is not None]
+        if any(lease.owes_an_end for lease in held):
+            self._greet(now_ns)
 
     def _acked(self, message: pb.ConnectResponse, now_ns: int) -> None:
         ack = message.ack

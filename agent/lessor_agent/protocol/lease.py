@@ -117,6 +117,8 @@ class Lease:
     """When its workload began; None: it has not, or an earlier agent began it."""
     ended_event: pb.Ended | None = None
     end_acked: bool = False
+    listed: LeasePhase | None = None
+    """As the last Hello listed it; None: it did not."""
     progress: job_pb2.Progress | None = None
     """Latest progress not sent yet."""
     progress_due_ns: int = 0
@@ -137,6 +139,15 @@ class Lease:
     def phase(self) -> LeasePhase:
         """Where it stands, in the server's words."""
         return PHASES[self.stage]
+
+    @property
+    def owes_an_end(self) -> bool:
+        """It has ended, and whatever the server says of it was said without knowing so.
+
+        The server may count it as lost and its job as waiting: the next Hello, which
+        lists it as ended, has finished work not run again.
+        """
+        return self.stage is ENDED and not self.end_acked and self.listed is not LeasePhase.DRAINING
 
     @property
     def abandoned(self) -> bool:

@@ -29,6 +29,7 @@ from lessor_agent.protocol.actions import (
     Stop,
 )
 from lessor_agent.protocol.desk import Desk
+from lessor_agent.protocol.handover import Handover
 from lessor_agent.protocol.lease import (
     ACCEPTED,
     ENDED,
@@ -47,7 +48,7 @@ from lessor_agent.protocol.logwindow import LogWindow
 from lessor_agent.protocol.progress import LatestProgress
 from lessor_agent.protocol.restoring import take_up
 from lessor_agent.protocol.session import Link, Session
-from lessor_agent.protocol.tombstones import Tombstones
+from lessor_agent.protocol.unheld import Unheld
 from lessor_agent.runtimes.base import Handle, StopCause
 
 log = logging.getLogger(__name__)
@@ -85,10 +86,9 @@ class LeaseTable:
         self._session = session
         self._runtimes = frozenset(runtimes)
         self._held: dict[int, Lease] = {}
-        self._tombstones = Tombstones(tombstones)
+        self._unheld = Unheld(desk, tombstones, undecided)
+        self._handover = Handover()
         self._restored = tuple(restored)
-        self._undecided: dict[int, str] = dict.fromkeys(undecided, "")
-        """lease_id → job_id whose lease is to be released when it is decided; empty: nobody has asked."""
         self._begun: dict[int, Lease] = {}
         """Leases that run since the last :meth:`settle_begun`."""
         self.progress = LatestProgress()
@@ -115,8 +115,8 @@ class LeaseTable:
     def settle_restored(self, now_ns: int) -> None:
         """Takes up the journalled leases: goes on, reports an end, or gives back."""
         for found in self._restored:
-            if found.fate is Fate.NEVER_PREPARED and found.grant.lease_id in self._undecided:
-                self._undecided[found.grant.lease_id] = found.grant.job_id
+            if found.fate is Fate.NEVER_PREPARED and self._unheld.is_undecided(found.grant.lease_id):
+                self._unheld.release(found.grant.job_id, found.grant.lease_id, "")
                 continue
             lease = self._held[found.grant.lease_id] = take_up(found, self._desk.events)
             if found.fate is Fate.NEVER_PREPARED:
@@ -139,17 +139,15 @@ class LeaseTable:
             log.error("grant without a lease id ignored", extra={"event": "grant_invalid", "job_id": grant.job_id})
         elif (lease := self._held.get(lease_id)) is not None:
             self._granted_again(lease, now_ns)
-        elif lease_id in self._undecided:
-            self._undecided[lease_id] = grant.job_id
-        elif lease_id in self._tombstones:
-            self._release_unheld(grant.job_id, lease_id, "the agent has given it back before")
+        elif lease_id in self._unheld:
+            self._unheld.release(grant.job_id, lease_id, "the agent has given it back before")
         else:
             if log.isEnabledFor(logging.INFO):
                 log.info("lease granted", extra={"event": "granted", "lease_id": lease_id, "job_id": grant.job_id})
             self._start(grant)
 
     def revoked(self, revoke: pb.Revoke, now_ns: int) -> None:
-        """Answers a lease that is asked back."""
+        """Answers a lease that is asked back, unless it :attr:`Lease.owes_an_end` and is said to be over."""
         lease = self._held.get(revoke.lease_id)
         reason = (
             pb.RevokeReason.Name(revoke.reason) if revoke.reason in pb.RevokeReason.values() else str(revoke.reason)
@@ -160,23 +158,23 @@ class LeaseTable:
         )
         if lease is None:
             if revoke.reason == pb.REVOKE_REASON_STALE:
-                if revoke.lease_id in self._undecided:
-                    self._undecided[revoke.lease_id] = ""
-                self._drop_unheld(revoke.lease_id)
+                self._unheld.drop(revoke.lease_id)
             else:
-                self._release_unheld(revoke.job_id, revoke.lease_id, "the agent does not hold it")
+                self._unheld.release(revoke.job_id, revoke.lease_id, "the agent does not hold it")
         elif revoke.reason == pb.REVOKE_REASON_STALE:
-            self._make_stale(lease)
+            if not lease.owes_an_end:
+                self._make_stale(lease)
         elif (cause := _STOPPING.get(revoke.reason)) is not None:
             self._stop(lease, cause, duration(revoke.grace) if revoke.HasField("grace") else None)
         elif revoke.reason == pb.REVOKE_REASON_OFFER_EXPIRED and lease.stage < SECURING:
             if not lease.abandoned:
                 lease.withdrawn = "the offer expired before it was accepted"
+                self._look_again(lease)
         else:
             self._say_again(lease)
 
     def answered(self, answers: Iterable[pb.LeaseAnswer], now_ns: int) -> None:
-        """Takes the server's answers to a Hello, one per held lease."""
+        """Takes the server's answers to a Hello, one per held lease, but for one that :attr:`Lease.owes_an_end`."""
         self.pause_logs()
         for held in self._held.values():
             held.confirmed = False
@@ -186,7 +184,8 @@ class LeaseTable:
             if answer.decision == pb.LEASE_DECISION_STALE or (
                 answer.decision == pb.LEASE_DECISION_ENDED and lease.stage is not ENDED
             ):
-                self._make_stale(lease)
+                if not lease.owes_an_end:
+                    self._make_stale(lease)
                 continue
             if answer.decision == pb.LEASE_DECISION_ENDED:
                 lease.end_acked = True
@@ -331,9 +330,7 @@ class LeaseTable:
 
     def decided(self, lease_id: int) -> None:
         """Nothing runs of this lease any more: what was asked about it can be answered."""
-        job_id = self._undecided.pop(lease_id, "")
-        if job_id:
-            self._release_unheld(job_id, lease_id, "the agent does not hold it")
+        self._unheld.decide(lease_id)
 
     def checkpoint(self, lease_id: int, cursor: str) -> None:
         """The workload saved a checkpoint; only the newest one counts."""
@@ -400,10 +397,18 @@ class LeaseTable:
             self._give_back(lease, lease.withdrawn)
         elif lease.stop is not None:
             self._end(lease, told.ended(lease, outcomes.stopped_before_start(lease.stop.cause)))
+        elif self._handover.must_wait(lease):
+            fields = {"event": "gpus_not_free", "lease_id": lease.lease_id, "job_id": lease.job_id}
+            log.info("lease waits for GPUs that an ended one has not left yet", extra=fields)
         else:
             lease.stage = PREPARING
             deadline_ns = lease.told_deadline_ns = lease.deadline_ns(self._session.renewed_ns)
             self._desk.put(Prepare(lease.lease_id, lease.runtime, lease.grant, deadline_ns))
+
+    def _look_again(self, lease: Lease) -> None:
+        """Something was said of a lease that may wait for GPUs: then it need not wait for them any more."""
+        if self._handover.waits(lease.lease_id):
+            self._intended(lease, None)
 
     def _secured(self, lease: Lease, error: str | None) -> None:
         if lease.stage is not SECURING:
@@ -439,6 +444,8 @@ class LeaseTable:
             self._desk.put(Stop(lease.lease_id, cause, grace))
         elif lease.stage is PREPARING:
             lease.stop = StopRequest(lease.stop.cause, grace)
+        else:
+            self._look_again(lease)
 
     def _make_stale(self, lease: Lease) -> None:
         """Stops and forgets; nothing more is told about it."""
@@ -453,7 +460,11 @@ class LeaseTable:
         if lease.stage is ENDED:
             self._forget(lease)
         elif lease.stage >= SECURING:
+            if lease.begun or lease.restored:
+                self._handover.leaves(lease)
             self._desk.put(Stop(lease.lease_id, StopCause.STALE, None))
+        else:
+            self._look_again(lease)
 
     def _end(self, lease: Lease, event: pb.LeaseEvent) -> None:
         lease.stage = ENDED
@@ -511,31 +522,11 @@ class LeaseTable:
         self._held.pop(lease_id, None)
         self.progress.drop(lease)
         self.logs.forget(lease_id)
-        self._tombstones.bury(lease_id)
+        self._unheld.bury(lease_id)
         self._desk.record(DropLease(lease_id))
         self._desk.put_after_commit(Forget(lease_id))
-
-    def _release_unheld(self, job_id: str, lease_id: int, reason: str) -> None:
-        """Answers for a lease that is not held, with what is still owed about it or with Released.
-
-        Of an undecided one nothing can be said before something is known.
-        """
-        if lease_id in self._undecided:
-            self._undecided[lease_id] = job_id
-            return
-        if self._desk.events.of_lease(lease_id):
-            self._desk.events.unsend(lease_id)
-            return
-        self._tombstones.bury(lease_id)
-        self._desk.record(DropLease(lease_id))
-        self._desk.tell(told.released(job_id, lease_id, reason), "released")
-
-    def _drop_unheld(self, lease_id: int) -> None:
-        dropped = self._desk.events.remove_lease(lease_id)
-        self._tombstones.bury(lease_id)
-        self._desk.record(DropLease(lease_id))
-        if dropped:
-            self._desk.record(DropEvents(dropped))
+        for waiting in self._handover.gone(lease_id):
+            self._intended(waiting, None)
 
     def _say_again(self, lease: Lease) -> None:
         """Repeats what is so of a held lease. What is not journalled yet is said when it is."""

@@ -40,6 +40,17 @@ class ExecutionVanished(RuntimeFault):
     """The handle names an execution of which nothing is left, not even how it ended."""
 
 
+class OnLost(StrEnum):
+    """What becomes of an execution whose lease is not renewed in time, at its deadline."""
+
+    FREEZE = "freeze"
+    """It stands still, and goes on when a renewal comes after all."""
+    STOP = "stop"
+    """It has ended."""
+    CONTINUE = "continue"
+    """It goes on."""
+
+
 class StopCause(StrEnum):
     """Why an execution was stopped. The first cause given is kept."""
 
@@ -62,6 +73,8 @@ class Capabilities:
 
     can_set_user: bool
     """It can run a job as another user than the agent's."""
+    can_freeze: bool = False
+    """It can have a job stand still, and go on later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +95,14 @@ class StartRequest:
     gpu_uuids: Sequence[str]
     grace: timedelta
     """From SIGTERM to SIGKILL, for every stop that names no other."""
+    on_lost: OnLost
+    """What becomes of it at ``deadline_ns``. FREEZE only where the runtime can."""
     run_timeout: timedelta | None
     """Counted from begin; None: no limit."""
     checkpoint: str | None
     """Checkpoint cursor of an earlier attempt, handed to the workload."""
     deadline_ns: int
-    """CLOCK_BOOTTIME nanoseconds by which the whole tree must be gone unless renewed."""
+    """CLOCK_BOOTTIME nanoseconds by which the whole tree stands still or is gone unless renewed; see ``on_lost``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +176,16 @@ class Execution(ABC):
         """Asks it to stop: SIGTERM and the cancel file, SIGKILL of the whole tree after ``grace``.
 
         Returns at once; :meth:`wait` tells the end. Before :meth:`begin` it ends
-        without having run. A second call can only shorten the grace.
+        without having run. One that stands still, and has not been renewed, is
+        killed as it stands. A second call can only shorten the grace.
         """
 
     @abstractmethod
     def renew(self, deadline_ns: int) -> None:
-        """Moves the deadline to ``deadline_ns`` (CLOCK_BOOTTIME). Never blocks, never fails, never moves it back."""
+        """Moves the deadline to ``deadline_ns`` (CLOCK_BOOTTIME). Never blocks, never fails, never moves it back.
+
+        What stands still goes on then, within a second.
+        """
 
     @abstractmethod
     async def forget(self) -> None:

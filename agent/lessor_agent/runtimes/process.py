@@ -23,6 +23,7 @@ from typing import ClassVar
 
 from lessor_agent.boottime import boot_id
 from lessor_agent.keeper.directory import LeaseDirectory, LockTaken, Outcome, make_lease_directory
+from lessor_agent.keeper.groups import remove_abandoned
 from lessor_agent.keeper.kernel import read_title
 from lessor_agent.keeper.nursery import KeeperRefused, KeeperTaken, Nursery, NurseryFault, ZygoteLost, ZygoteUnavailable
 from lessor_agent.keeper.spec import KeeperSpec
@@ -87,8 +88,8 @@ class ProcessRuntime(Runtime):
 
     @property
     def capabilities(self) -> Capabilities:
-        """It can change the user where the agent runs as root."""
-        return Capabilities(can_set_user=os.geteuid() == 0)
+        """It can freeze everywhere, and change the user where the agent runs as root."""
+        return Capabilities(can_set_user=os.geteuid() == 0, can_freeze=True)
 
     @property
     def zygote_pid(self) -> int | None:
@@ -115,6 +116,7 @@ class ProcessRuntime(Runtime):
             await self._nursery.open()
         except ZygoteUnavailable as error:
             raise RuntimeUnavailable(str(error)) from None
+        await asyncio.to_thread(remove_abandoned)
         keepers = await asyncio.to_thread(find_keepers, self.state_dir)
         self._homeless = {lease: pid for lease, pid in keepers.items() if not (self._leases / str(lease)).exists()}
 
@@ -273,6 +275,7 @@ class ProcessRuntime(Runtime):
             grace_ns=_ns(request.grace),
             run_timeout_ns=None if request.run_timeout is None else _ns(request.run_timeout),
             open_files=self._open_files,
+            on_lost=request.on_lost,
         )
 
     def _make_directory(self, lease_id: int, deadline_ns: int, *, new: bool) -> None:

@@ -80,6 +80,7 @@ class ProcessExecution(Execution):
         self._state = _PREPARED
         self._changed = asyncio.Event()
         self._begin_sent = False
+        self._frozen = False
         self._ran = False
         self._started_at_ns: int | None = None
         self._main_pid: int | None = None
@@ -250,10 +251,21 @@ class ProcessExecution(Execution):
             self._end(Outcome.from_json(outcome))
             self._keeper_gone.set()
             self._hang_up()
+        frozen = status.get("frozen") is True
+        if frozen is not self._frozen and status["outcome"] is None:
+            self._note_frozen(frozen=frozen)
         if status["state"] == _RUNNING:
             self._ran = True
             self._state = _RUNNING
             self._changed.set()
+
+    def _note_frozen(self, *, frozen: bool) -> None:
+        self._frozen = frozen
+        fields = {"event": "frozen" if frozen else "thawed", "lease_id": self.lease_id}
+        if frozen:
+            log.warning("the lease was not renewed in time: the job is frozen until the server answers", extra=fields)
+        else:
+            log.info("the lease stands: the job goes on", extra=fields)
 
     def _stored_outcome(self) -> Outcome | None:
         try:

@@ -67,6 +67,14 @@ def _job_flags(
         str | None, _flag("--ttl", "How long its lease stands without a renewal. Default: 60s.", panel=_POLICY)
     ] = None,
     grace: Annotated[str | None, _flag("--grace", "From SIGTERM to SIGKILL. Default: 10s.", panel=_POLICY)] = None,
+    on_lease_lost: Annotated[
+        str | None,
+        _flag(
+            "--on-lease-lost",
+            "Then freeze, stop or continue. Default: freeze where its runtime can.",
+            panel=_POLICY,
+        ),
+    ] = None,
     dedupe_key: Annotated[
         str | None, _flag("--dedupe-key", "A live or succeeded job with this key answers instead.", panel=_POLICY)
     ] = None,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from difflib import get_close_matches
-from typing import Any, TypeAlias, TypedDict, Unpack
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack
 
 from lessor import units
 from lessor.errors import InvalidArgument
@@ -74,6 +74,10 @@ class JobFields(TypedDict, total=False):
     """How long the lease stands without a renewal. Default 60 s."""
     grace: DurationLike
     """From SIGTERM to SIGKILL. Default 10 s, less under a short ttl."""
+    on_lease_lost: Literal["freeze", "stop", "continue"]
+    """What becomes of the job when its lease is lost while it runs: it stands still until the server says whether
+    it goes on or is over; it is stopped; or it runs on, maybe beside its next attempt. Default ``"freeze"`` where
+    the runtime can (``"process"`` can), else ``"stop"``."""
     dedupe_key: str
     """At most one live or succeeded job of a queue has a given key."""
 
@@ -119,6 +123,8 @@ class JobSpec:
     start_timeout: timedelta | None = None
     ttl: timedelta | None = None
     grace: timedelta | None = None
+    on_lease_lost: str = ""
+    """``"freeze"``, ``"stop"``, ``"continue"``, or empty: the server's default."""
     dedupe_key: str = ""
 
     def __post_init__(self) -> None:
@@ -210,6 +216,8 @@ class JobSpec:
             start_timeout=duration_of(message.timeouts, "start"),
             ttl=duration_of(message.lease, "ttl"),
             grace=duration_of(message.lease, "grace"),
+            # One that this version does not know is left out, as one that was not said.
+            on_lease_lost=_POLICY_NAMES.get(message.lease.on_lost, ""),
             dedupe_key=message.dedupe_key,
         )
 
@@ -270,6 +278,8 @@ class JobSpec:
             spec.lease.ttl.FromTimedelta(self.ttl)
         if self.grace is not None:
             spec.lease.grace.FromTimedelta(self.grace)
+        if self.on_lease_lost:
+            spec.lease.on_lost = _POLICIES[self.on_lease_lost]
 
 
 @dataclass(frozen=True, slots=True)
@@ -434,6 +444,20 @@ def _size(key: str, attribute: str) -> _Field:
     return _Field(key, attribute, parse, units.format_bytes, _check_size)
 
 
+_POLICIES = {
+    "freeze": job_pb2.ON_LEASE_LOST_FREEZE,
+    "stop": job_pb2.ON_LEASE_LOST_STOP,
+    "continue": job_pb2.ON_LEASE_LOST_CONTINUE,
+}
+_POLICY_NAMES = {number: name for name, number in _POLICIES.items()}
+
+
+def _check_policy(key: str, value: object) -> None:
+    check_text(key, value)
+    if value and value not in _POLICIES:
+        raise refuse(key, value, "is no policy; give freeze, stop or continue")
+
+
 def _parse_cpu(key: str, value: Any) -> int:
     return units.parse_cpu(value, field=key)
 
@@ -463,6 +487,7 @@ _FIELDS = (
     _duration("start_timeout"),
     _duration("ttl"),
     _duration("grace"),
+    _Field("on_lease_lost", "on_lease_lost", _parse_with(_check_policy), _same, _check_policy),
     _text("dedupe_key"),
 )
 _BY_KEY = {entry.key: entry for entry in _FIELDS}

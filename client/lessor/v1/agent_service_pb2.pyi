@@ -1090,7 +1090,10 @@ class Grant(_message.Message):
 
     @_builtins.property
     def grace(self) -> _duration_pb2.Duration:
-        """From SIGTERM to SIGKILL."""
+        """From SIGTERM to SIGKILL where the agent stops a job whose lease is lost; it
+        fits into the ttl. The same for all other stops, unless the agent heeds
+        spec.lease.on_lost and that is not STOP: then spec.lease.grace.
+        """
 
     @_builtins.property
     def gpu_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

@@ -31,7 +31,7 @@ class AgentServiceStub(object):
 
     Liveness: only Heartbeat renews. The server acks a heartbeat after its
     renewal is committed; the agent counts `ttl - margin` from the moment it
-    *sent* the last acked heartbeat, and by then has stopped its work. The server
+    *sent* the last acked heartbeat, and by then has frozen or ended its work. The server
     counts `ttl + margin` of lease time from the commit before it gives the job
     to another. A committed Hello counts as a heartbeat.
 
@@ -58,7 +58,7 @@ class AgentServiceServicer(object):
 
     Liveness: only Heartbeat renews. The server acks a heartbeat after its
     renewal is committed; the agent counts `ttl - margin` from the moment it
-    *sent* the last acked heartbeat, and by then has stopped its work. The server
+    *sent* the last acked heartbeat, and by then has frozen or ended its work. The server
     counts `ttl + margin` of lease time from the commit before it gives the job
     to another. A committed Hello counts as a heartbeat.
 
@@ -95,7 +95,7 @@ class AgentService(object):
 
     Liveness: only Heartbeat renews. The server acks a heartbeat after its
     renewal is committed; the agent counts `ttl - margin` from the moment it
-    *sent* the last acked heartbeat, and by then has stopped its work. The server
+    *sent* the last acked heartbeat, and by then has frozen or ended its work. The server
     counts `ttl + margin` of lease time from the commit before it gives the job
     to another. A committed Hello counts as a heartbeat.
 

@@ -32,7 +32,7 @@ class AgentServiceStub:
 
     Liveness: only Heartbeat renews. The server acks a heartbeat after its
     renewal is committed; the agent counts `ttl - margin` from the moment it
-    *sent* the last acked heartbeat, and by then has stopped its work. The server
+    *sent* the last acked heartbeat, and by then has frozen or ended its work. The server
     counts `ttl + margin` of lease time from the commit before it gives the job
     to another. A committed Hello counts as a heartbeat.
 
@@ -54,7 +54,7 @@ class AgentServiceAsyncStub(AgentServiceStub):
 
     Liveness: only Heartbeat renews. The server acks a heartbeat after its
     renewal is committed; the agent counts `ttl - margin` from the moment it
-    *sent* the last acked heartbeat, and by then has stopped its work. The server
+    *sent* the last acked heartbeat, and by then has frozen or ended its work. The server
     counts `ttl + margin` of lease time from the commit before it gives the job
     to another. A committed Hello counts as a heartbeat.
 
@@ -72,7 +72,7 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Liveness: only Heartbeat renews. The server acks a heartbeat after its
     renewal is committed; the agent counts `ttl - margin` from the moment it
-    *sent* the last acked heartbeat, and by then has stopped its work. The server
+    *sent* the last acked heartbeat, and by then has frozen or ended its work. The server
     counts `ttl + margin` of lease time from the commit before it gives the job
     to another. A committed Hello counts as a heartbeat.
 

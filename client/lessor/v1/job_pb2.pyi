@@ -203,6 +203,44 @@ LOG_STREAM_STDERR: LogStream.ValueType  # 2
 """Standard error."""
 Global___LogStream: _TypeAlias = LogStream  # noqa: Y015
 
+class _OnLeaseLost:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OnLeaseLostEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnLeaseLost.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ON_LEASE_LOST_UNSPECIFIED: _OnLeaseLost.ValueType  # 0
+    """The server's choice: FREEZE where the job's runtime can, else STOP. An agent
+    that is told this, or a value it does not know, stops.
+    """
+    ON_LEASE_LOST_FREEZE: _OnLeaseLost.ValueType  # 1
+    """Its whole process tree stands still. It goes on if the server says that the
+    lease still stands, and is killed where it stands if the lease is over.
+    """
+    ON_LEASE_LOST_STOP: _OnLeaseLost.ValueType  # 2
+    """It is asked to stop, early enough that all of it has ended in time."""
+    ON_LEASE_LOST_CONTINUE: _OnLeaseLost.ValueType  # 3
+    """Nothing: two attempts of it may run at once. What it does must bear that."""
+
+class OnLeaseLost(_OnLeaseLost, metaclass=_OnLeaseLostEnumTypeWrapper):
+    """What becomes of a running job whose lease is not renewed in time, before the
+    server may give it to another agent.
+    """
+
+ON_LEASE_LOST_UNSPECIFIED: OnLeaseLost.ValueType  # 0
+"""The server's choice: FREEZE where the job's runtime can, else STOP. An agent
+that is told this, or a value it does not know, stops.
+"""
+ON_LEASE_LOST_FREEZE: OnLeaseLost.ValueType  # 1
+"""Its whole process tree stands still. It goes on if the server says that the
+lease still stands, and is killed where it stands if the lease is over.
+"""
+ON_LEASE_LOST_STOP: OnLeaseLost.ValueType  # 2
+"""It is asked to stop, early enough that all of it has ended in time."""
+ON_LEASE_LOST_CONTINUE: OnLeaseLost.ValueType  # 3
+"""Nothing: two attempts of it may run at once. What it does must bear that."""
+Global___OnLeaseLost: _TypeAlias = OnLeaseLost  # noqa: Y015
+
 class _SelectorOperator:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -451,6 +489,11 @@ class LeasePolicy(_message.Message):
 
     TTL_FIELD_NUMBER: _builtins.int
     GRACE_FIELD_NUMBER: _builtins.int
+    ON_LOST_FIELD_NUMBER: _builtins.int
+    on_lost: Global___OnLeaseLost.ValueType
+    """What becomes of the job when its lease is lost while it runs. Default
+    FREEZE where the runtime can ("process" can), else STOP.
+    """
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
         """How long the lease stands without a renewal. Default 60 s. A shorter one
@@ -460,8 +503,9 @@ class LeasePolicy(_message.Message):
 
     @_builtins.property
     def grace(self) -> _duration_pb2.Duration:
-        """From SIGTERM to SIGKILL when the job is cancelled, times out or loses its
-        lease. Default 10 s, or less under a short ttl.
+        """From SIGTERM to SIGKILL when the job is cancelled, times out or is stopped
+        because its lease is lost. Default 10 s, or less under a short ttl. Where
+        on_lost is STOP it must leave room for two heartbeats in the ttl.
         """
 
     def __init__(
@@ -469,10 +513,11 @@ class LeasePolicy(_message.Message):
         *,
         ttl: _duration_pb2.Duration | None = ...,
         grace: _duration_pb2.Duration | None = ...,
+        on_lost: Global___OnLeaseLost.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["grace", b"grace", "ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grace", b"grace", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grace", b"grace", "on_lost", b"on_lost", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -83,8 +83,9 @@ class Jobs:
             DatabaseUnavailable: The outcome is unknown; repeating with the same request_id is safe.
         """
         request_id = request_id or secrets.token_hex(16)
-        jobs = await self._rows(await self._submissions.prepare_all(specs, single=single))
-        request = Request(principal, request_id, _fingerprint([job.spec for job in jobs]), jobs)
+        submissions = await self._submissions.prepare_all(specs, single=single)
+        jobs = await self._rows(submissions)
+        request = Request(principal, request_id, _fingerprint([submission.said for submission in submissions]), jobs)
         if any(job.dedupe_key is not None for job in jobs):
             submitted = await submit_deduped(self._database, request, self._now)
             self._bells.changed(waiting=True)
@@ -105,7 +106,7 @@ class Jobs:
         new = {submission.terms.shape for submission in submissions if submission.terms not in self._stored_terms}
         await self._catalog.store_shapes(new)
         rows: list[JobRow] = []
-        for terms, name, labels_json, spec, dedupe_key in submissions:
+        for terms, name, labels_json, spec, dedupe_key, _ in submissions:
             stored = self._stored_terms.get(terms) or await self._store(terms)
             rows.append(JobRow(stored, name, labels_json, spec, dedupe_key))
         return rows

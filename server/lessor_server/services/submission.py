@@ -26,6 +26,8 @@ from lessor_server.domain.shape import Selector, SelectorOperator, Shape, max_he
 
 DEFAULT_QUEUE = "default"
 DEFAULT_RUNTIME = "process"
+FREEZING_RUNTIMES = frozenset({"process"})
+"""Names of the runtimes that can let a job stand still, and go on later."""
 MAX_SPEC_BYTES = 1 << 20
 """A larger spec, defaults filled in, belongs in a file."""
 
@@ -52,6 +54,8 @@ class Terms:
     backoff_max_ms: int
     defaults: bytes
     """A JobSpec, serialized, of all that these terms leave to the server; to be merged into the spec."""
+    late_defaults: bytes
+    """The same of what was added to the contract since its beginning; to be appended to the encoded spec."""
 
 
 class Submission(NamedTuple):
@@ -63,6 +67,8 @@ class Submission(NamedTuple):
     spec: bytes
     """Serialized JobSpec, defaults filled in."""
     dedupe_key: str | None
+    said: bytes
+    """What tells this job from another: the same for all versions of the server, so without late defaults."""
 
 
 class Submissions:
@@ -111,7 +117,10 @@ class Submissions:
         if len(encoded) > MAX_SPEC_BYTES:
             raise _TooLongError(len(encoded))
         labels_json = json.dumps(dict(labels), sort_keys=True) if labels else "{}"
-        return Submission(terms, name, labels_json, encoded, spec.dedupe_key or None)
+        # To append an encoded message is to merge it.
+        return Submission(
+            terms, name, labels_json, encoded + terms.late_defaults, spec.dedupe_key or None, said=encoded
+        )
 
     def _terms_of(self, spec: job_pb2.JobSpec) -> Terms:
         key = (
@@ -146,12 +155,13 @@ def _work_out(spec: job_pb2.JobSpec) -> Terms:
     Raises:
         InvalidField: Fields do not go together.
     """
-    defaults = _defaults(spec)
+    defaults, late_defaults = _defaults(spec), _late_defaults(spec)
     filled = job_pb2.JobSpec()
     filled.CopyFrom(spec)
     filled.MergeFrom(defaults)
+    filled.MergeFrom(late_defaults)
     ttl = filled.lease.ttl.ToTimedelta()
-    _check_grace(filled.lease.grace.ToTimedelta(), ttl)
+    _check_lease(filled, ttl)
     timeouts = filled.timeouts
     return Terms(
         queue=filled.queue,
@@ -165,11 +175,12 @@ def _work_out(spec: job_pb2.JobSpec) -> Terms:
         backoff_initial_ms=_ms(filled.retry.backoff_initial.ToTimedelta()),
         backoff_max_ms=_ms(filled.retry.backoff_max.ToTimedelta()),
         defaults=defaults.SerializeToString(),
+        late_defaults=late_defaults.SerializeToString(),
     )
 
 
 def _defaults(spec: job_pb2.JobSpec) -> job_pb2.JobSpec:
-    """Returns the defaults of all that ``spec`` leaves out, but for its name."""
+    """Returns the defaults of all that ``spec`` leaves out, but for its name and :func:`_late_defaults`."""
     defaults = job_pb2.JobSpec()
     if not spec.queue:
         defaults.queue = DEFAULT_QUEUE
@@ -194,24 +205,45 @@ def _defaults(spec: job_pb2.JobSpec) -> job_pb2.JobSpec:
     return defaults
 
 
+def _late_defaults(spec: job_pb2.JobSpec) -> job_pb2.JobSpec:
+    """Returns the defaults of fields that an earlier server did not know.
+
+    A submit may be said again to another version of the server than took it first,
+    which must know it again (``Submission.said``).
+    """
+    defaults = job_pb2.JobSpec()
+    if not spec.lease.on_lost:
+        freezes = (spec.runtime or DEFAULT_RUNTIME) in FREEZING_RUNTIMES
+        defaults.lease.on_lost = job_pb2.ON_LEASE_LOST_FREEZE if freezes else job_pb2.ON_LEASE_LOST_STOP
+    return defaults
+
+
 def _base_name(program: str) -> str:
     name = program.rstrip("/").rpartition("/")[2]
     return "".join(character for character in name if character.isprintable())[:128] or "job"
 
 
-def _check_grace(grace: timedelta, ttl: timedelta) -> None:
-    longest = timing.longest_grace(ttl)
+def _check_lease(spec: job_pb2.JobSpec, ttl: timedelta) -> None:
+    """
+    Raises:
+        InvalidField: What is to become of the job when its lease is lost cannot be done.
+    """
+    if spec.lease.on_lost == job_pb2.ON_LEASE_LOST_FREEZE and spec.runtime not in FREEZING_RUNTIMES:
+        text = f"FREEZE: the runtime {spec.runtime!r} cannot freeze a job: use STOP, or CONTINUE"
+        raise InvalidField([("lease.on_lost", text)])
+    if spec.lease.on_lost != job_pb2.ON_LEASE_LOST_STOP:
+        # Nothing has to end before the lease does.
+        return
+    grace, longest = spec.lease.grace.ToTimedelta(), timing.longest_grace(ttl)
     if grace >= longest:
-        raise InvalidField(
-            [
-                (
-                    "lease.grace",
-                    f"{grace.total_seconds():g} s leaves no room in a ttl of {ttl.total_seconds():g} s for two "
-                    f"heartbeats before the job must be stopped: use less than {longest.total_seconds():g} s, "
-                    "or a longer ttl",
-                )
-            ]
+        text = (
+            f"{grace.total_seconds():g} s leaves no room in a ttl of {ttl.total_seconds():g} s for two "
+            f"heartbeats before the job must be stopped: use less than {longest.total_seconds():g} s, "
+            "or a longer ttl"
         )
+        if spec.runtime in FREEZING_RUNTIMES:
+            text += ", or let on_lost be FREEZE"
+        raise InvalidField([("lease.grace", text)])
 
 
 def _shape(spec: job_pb2.JobSpec, ttl: timedelta) -> Shape:

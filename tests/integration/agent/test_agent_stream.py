@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -140,6 +141,24 @@ async def test_what_ended_while_no_agent_was_there_is_said_with_the_first_hello(
     assert phases == {1: LeasePhase.DRAINING, 2: LeasePhase.RUNNING}
     assert (Outcome(ended.outcome), ended.final_log_offset) == (Outcome.SUCCEEDED, 5)
     assert not runs.forgotten
+
+
+async def test_what_ended_while_the_agent_stood_still_is_said_with_the_next_hello(bench: Bench) -> None:
+    async with bench.agent() as agent:
+        server = await bench.server.welcomed()
+        server.grant_ids(1)
+        job = await bench.host.running(1)
+        await server.event(1, "running")
+        goes_on = threading.Event()
+        agent.supervisor._disk.submit(goes_on.wait)  # noqa: SLF001 - no end can be read
+        try:
+            job.end(exit_code=0)
+            server.drop()
+            again = await bench.server.connection()
+        finally:
+            goes_on.set()
+        hello = await again.welcome()
+    assert [(lease.lease_id, LeasePhase(lease.phase)) for lease in hello.leases] == [(1, LeasePhase.DRAINING)]
 
 
 async def test_without_acks_no_deadline_moves_and_the_agent_comes_back(bench: Bench) -> None:
@@ -288,7 +307,7 @@ async def test_killed_between_intent_and_handle_nothing_is_left_and_the_lease_is
     # The keeper was made, but the agent died before it knew.
     bench.host.gate.set()
     runtime = ScriptedRuntime(RuntimeContext(bench.directory, ()), bench.host)
-    await runtime.prepare(start_request(a_grant(1), 0))
+    await runtime.prepare(start_request(a_grant(1), 0, can_freeze=False))
     async with bench.agent():
         assert bench.host.executions == {}
         again = await bench.server.connection()
@@ -383,7 +402,7 @@ async def test_a_stop_says_goodbye_and_leaves_jobs_running(bench: Bench) -> None
 async def test_an_agent_that_can_never_be_served_ends(bench: Bench) -> None:
     bench.server.refusal = "PROTOCOL_UNSUPPORTED"
     async with bench.agent() as agent:
-        assert await asyncio.wait_for(agent.task, 10) == 1
+        assert await asyncio.wait_for(agent.task, 60) == 1
 
 
 async def test_without_a_journal_work_is_rejected_and_heartbeats_go_on(bench: Bench) -> None:
@@ -399,7 +418,7 @@ async def test_without_a_journal_work_is_rejected_and_heartbeats_go_on(bench: Be
 
 async def test_strays_are_ended_before_the_first_hello(bench: Bench) -> None:
     runtime = ScriptedRuntime(RuntimeContext(bench.directory, ()), bench.host)
-    stray = await runtime.prepare(start_request(a_grant(99), 0))
+    stray = await runtime.prepare(start_request(a_grant(99), 0, can_freeze=False))
     await stray.begin()
     async with bench.agent():
         assert bench.host.executions == {}
@@ -411,7 +430,7 @@ async def test_a_stray_that_does_not_end_is_not_released_before_it_has(
 ) -> None:
     monkeypatch.setattr(adoption, "STRAY_WAIT_S", 0.01)
     runtime = ScriptedRuntime(RuntimeContext(bench.directory, ()), bench.host)
-    stray = await runtime.prepare(start_request(a_grant(99), 0))
+    stray = await runtime.prepare(start_request(a_grant(99), 0, can_freeze=False))
     await stray.begin()
     bench.host.stubborn = True
     async with bench.agent():
@@ -478,4 +497,4 @@ async def test_an_action_that_cannot_be_carried_out_ends_the_agent_loudly(
         monkeypatch.setattr(Journal, "submit", broken)
         server.grant_ids(1)
         with pytest.raises(RuntimeError, match="broken invariant"):
-            await asyncio.wait_for(agent.task, 10)
+            await asyncio.wait_for(agent.task, 60)

@@ -9,7 +9,7 @@ import pwd
 import shutil
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -34,19 +34,6 @@ from tests.support.process_runtime import (
 )
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may start a job as another user")
-
-
-@pytest.fixture
-async def runtime(tmp_path: Path) -> AsyncIterator[ProcessRuntime]:
-    async with open_runtime(tmp_path / "state") as opened:
-        yield opened
-
-
-@pytest.fixture
-def fifo(tmp_path: Path) -> Iterator[Fifo]:
-    made = Fifo(tmp_path / "fifo")
-    yield made
-    made.close()
 
 
 @pytest.fixture

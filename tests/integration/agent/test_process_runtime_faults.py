@@ -6,18 +6,19 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-import lessor_agent
 from lessor_agent.keeper import nursery
+from lessor_agent.keeper.directory import LeaseDirectory
 from lessor_agent.runtimes.base import Execution, RuntimeContext, StopCause
 from lessor_agent.runtimes.process import ProcessRuntime, find_keepers
 from tests.support.process_runtime import (
     ENV_ALLOW,
+    Break,
     Fifo,
     gone,
     idle,
@@ -29,54 +30,6 @@ from tests.support.process_runtime import (
     start_request,
 )
 
-# `kill_self` is what a keeper dies of; `once(path)` is true for the first that asks, in whatever process;
-# `held(path)` returns when the test has written a line into that pipe.
-_ENTRY = """
-import os, sys
-sys.path.append({agent!r})
-from lessor_agent.keeper import child, directory, duty, guard, spawned_child, zygote
-
-def kill_self(*_, **__):
-    os.kill(os.getpid(), 9)
-
-def once(path):
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    return True
-
-def held(path):
-    with open(path) as pipe:
-        pipe.readline()
-
-{fault}
-
-zygote.main(sys.argv[1:])
-"""
-
-Break = Callable[[str], None]
-
-
-@pytest.fixture
-def breaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Break:
-    """Has zygotes that are started from now on run with a fault."""
-
-    def break_(fault: str) -> None:
-        (tmp_path / "faulty").mkdir()
-        agent = str(Path(lessor_agent.__file__).parents[1])
-        (tmp_path / "faulty" / "__main__.py").write_text(_ENTRY.format(agent=agent, fault=fault))
-        monkeypatch.setattr(nursery, "__file__", str(tmp_path / "faulty" / "nursery.py"))
-
-    return break_
-
-
-@pytest.fixture
-def fifo(tmp_path: Path) -> Iterator[Fifo]:
-    made = Fifo(tmp_path / "fifo")
-    yield made
-    made.close()
-
 
 @pytest.fixture
 def gate(tmp_path: Path) -> Iterator[Fifo]:
@@ -86,7 +39,7 @@ def gate(tmp_path: Path) -> Iterator[Fifo]:
 
 
 async def ended(execution: Execution) -> StopCause | None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         return (await execution.wait()).stop_cause
 
 
@@ -103,7 +56,7 @@ async def an_agent(state_dir: Path) -> AsyncIterator[ProcessRuntime]:
 
 async def marks(path: Path, count: int) -> list[str]:
     """Returns the lines that jobs have appended to ``path`` once there are ``count``."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not path.exists() or len(path.read_text().splitlines()) < count:  # noqa: ASYNC110
             await asyncio.sleep(0.002)
     return path.read_text().splitlines()
@@ -248,7 +201,7 @@ async def test_a_process_that_comes_after_the_deadline_is_ended(tmp_path: Path, 
     async with open_runtime(tmp_path / "state") as runtime:
         execution = await runtime.prepare(request)
         begin = asyncio.create_task(execution.begin())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not (execution.output.stdout.parent / "cancel").exists():  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
         # Its end is not told as long as a process may come.
@@ -265,7 +218,7 @@ async def test_a_process_that_comes_after_a_stop_is_asked_to_stop(tmp_path: Path
     async with open_runtime(tmp_path / "state") as runtime:
         execution = await runtime.prepare(shell(1, "exec sleep 1000", grace=timedelta(seconds=40)))
         begin = asyncio.create_task(execution.begin())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not gate.path.with_name("gate.reached").exists():  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
             await execution.stop(StopCause.CANCELLED)
@@ -385,7 +338,7 @@ duty._report = slow
         keeper = keeper_of(execution)
         await idle(keeper)
         start = asyncio.create_task(first.prepare(request))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not (tmp_path / "second").exists():  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
     with pytest.raises(asyncio.CancelledError):
@@ -436,3 +389,21 @@ async def test_a_keeper_that_stands_still_with_a_lease_given_to_it_takes_none_la
         os.kill(keeper_of(done), signal.SIGCONT)
         await gone(keeper_of(done))
         assert (tmp_path / "ran").read_text() == "ran\n"
+
+
+async def test_a_keeper_that_cannot_say_what_went_wrong_guards_on(tmp_path: Path, fifo: Fifo) -> None:
+    """A full disk has no room for ``keeper.log``."""
+    async with open_runtime(tmp_path / "state") as runtime:
+        execution = await runtime.prepare(shell(1, f"read answer < {fifo.path}; exit 6"))
+        await execution.begin()
+        path = execution.output.stdout.parent
+        (path / "keeper.log").symlink_to("/dev/full")
+        directory = LeaseDirectory(str(path), 1)
+        with directory.connect() as connection:
+            directory.close()
+            connection.sendall(b"no order\n" * 3)
+            # The word that comes after an order was read is proof that the keeper lived on.
+            connection.sendall(b'{"op": "begin"}\n')
+        with open(fifo.path, "w") as pipe:
+            pipe.write("go on\n")
+        assert (await execution.wait()).exit_code == 6

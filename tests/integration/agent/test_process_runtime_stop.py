@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +14,7 @@ from lessor_agent.keeper.tree import read_process
 from lessor_agent.keeper.verdict import KILL_SLACK_NS
 from lessor_agent.runtimes.base import StopCause
 from lessor_agent.runtimes.process import ProcessRuntime
-from tests.support.process_runtime import Fifo, gone, lives, open_runtime, python, shell
+from tests.support.process_runtime import Fifo, gone, lives, python, shell
 
 MS = timedelta(milliseconds=1)
 SLACK_MS = KILL_SLACK_NS // NS_PER_MS
@@ -43,19 +41,6 @@ def runaway(tell):
     os.wait()
 runaway(sys.argv[1])
 """
-
-
-@pytest.fixture
-async def runtime(tmp_path: Path) -> AsyncIterator[ProcessRuntime]:
-    async with open_runtime(tmp_path / "state") as opened:
-        yield opened
-
-
-@pytest.fixture
-def fifo(tmp_path: Path) -> Iterator[Fifo]:
-    made = Fifo(tmp_path / "fifo")
-    yield made
-    made.close()
 
 
 async def test_cooperative_cancel(runtime: ProcessRuntime, fifo: Fifo) -> None:
@@ -152,7 +137,7 @@ while True:
     await execution.begin()
     assert await fifo.line() == "turning"
     await execution.stop(StopCause.CANCELLED, timedelta(0))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         exit = await execution.wait()
     assert exit.signal == signal.SIGKILL
     # The keeper has exited: as a subreaper it does so only without descendants.

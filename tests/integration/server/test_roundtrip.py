@@ -56,18 +56,28 @@ selectors = st.one_of(
 )
 
 
+FREEZING = ("", "process")
+"""Runtimes that can freeze a job; the first is the default, which is the second."""
+
+
 @st.composite
 def specs(draw: st.DrawFn) -> JobSpec:
     """Every spec the server takes: all fields, their bounds and the rules between them."""
     ttl = draw(durations(timing.MIN_TTL, timedelta(hours=1)))
-    room = timing.longest_grace(ttl or timing.DEFAULT_TTL) - milliseconds
+    runtime = draw(
+        st.sampled_from(["", "process"]) | st.from_regex(r"[a-z0-9]([a-z0-9_-]{0,30}[a-z0-9])?", fullmatch=True)
+    )
+    on_lease_lost = draw(st.sampled_from(["", "stop", "continue", *(["freeze"] if runtime in FREEZING else [])]))
+    room = timedelta(minutes=10)
+    if on_lease_lost == "stop" or (not on_lease_lost and runtime not in FREEZING):
+        room = min(room, timing.longest_grace(ttl or timing.DEFAULT_TTL) - milliseconds)
     gpus = draw(st.integers(0, 1024))
     return JobSpec(
         argv=(draw(texts.filter(bool)), *draw(st.lists(texts, max_size=4))),
         name=draw(st.text(printable, max_size=128)),
         queue=draw(st.sampled_from(["", "default", QUEUE])),
         labels=draw(st.dictionaries(label_keys, label_values, max_size=4)),
-        runtime=draw(st.just("") | st.from_regex(r"[a-z0-9]([a-z0-9_-]{0,30}[a-z0-9])?", fullmatch=True)),
+        runtime=runtime,
         env=draw(st.dictionaries(_env_names(), texts, max_size=4)),
         working_dir=draw(st.just("") | texts.map(lambda text: f"/{text}")),
         user=draw(st.text(anything, max_size=64)),
@@ -87,7 +97,8 @@ def specs(draw: st.DrawFn) -> JobSpec:
         queue_timeout=draw(durations(timedelta(hours=1), timedelta(days=365))),
         start_timeout=draw(durations(milliseconds, timedelta(days=1))),
         ttl=ttl,
-        grace=draw(durations(timedelta(0), min(room, timedelta(minutes=10)))),
+        grace=draw(durations(timedelta(0), room)),
+        on_lease_lost=on_lease_lost,
         dedupe_key=draw(texts),
     )
 
@@ -120,6 +131,7 @@ FULL = JobSpec(
     start_timeout=timedelta(days=1),
     ttl=timedelta(hours=1),
     grace=timedelta(minutes=10),
+    on_lease_lost="continue",
     queue=QUEUE,
     dedupe_key="k" * 300,
 )
@@ -140,6 +152,7 @@ def filled(spec: JobSpec, seen: JobSpec) -> JobSpec:
         backoff_max=timing.DEFAULT_BACKOFF_MAX if spec.backoff_max is None else spec.backoff_max,
         ttl=ttl,
         grace=timing.default_grace(ttl) if spec.grace is None else spec.grace,
+        on_lease_lost=spec.on_lease_lost or ("freeze" if spec.runtime in FREEZING else "stop"),
     )
 
 

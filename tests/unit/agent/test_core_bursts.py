@@ -365,7 +365,7 @@ def in_bursts(told: list[Step], sizes: list[int], works: list[bool]) -> tuple[ob
     return world.facts()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(steps, st.lists(st.integers(1, 12), min_size=1, max_size=5), st.lists(st.booleans(), min_size=1, max_size=5))
 def test_bursts_change_no_fact(told: list[Step], sizes: list[int], works: list[bool]) -> None:
     assert in_bursts(told, sizes, works) == one_by_one(told)

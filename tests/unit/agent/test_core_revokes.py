@@ -13,7 +13,7 @@ from lessor_agent.protocol import actions as act
 from lessor_agent.protocol.core import Restored
 from lessor_agent.protocol.lease import Fate, RestoredLease
 from lessor_agent.runtimes.base import StopCause
-from tests.support.agent_core import SECOND_NS, CoreDriver, a_grant, an_exit, connected, its_end_is_known, stale
+from tests.support.agent_core import SECOND_NS, CoreDriver, a_grant, an_exit, connected, its_end_is_known, keep, stale
 
 pytestmark = pytest.mark.unit
 
@@ -257,14 +257,51 @@ def test_a_stale_lease_whose_intent_is_not_journalled_is_forgotten() -> None:
     assert drive.held() == []
 
 
-def test_a_stale_lease_that_has_ended_is_forgotten_at_once() -> None:
+def test_a_stale_lease_that_has_ended_is_spoken_of_once_more_and_then_forgotten() -> None:
+    """Whoever said so may not have known: its job may wait, and would be run again."""
     drive = connected()
     drive.bring(1, LeasePhase.DRAINING)
     drive.clear()
     drive.revoke(1, pb.REVOKE_REASON_STALE)
+    (hello,) = drive.sent("hello")
+    assert [(lease.lease_id, LeasePhase(lease.phase)) for lease in hello.hello.leases] == [(1, LeasePhase.DRAINING)]
+    drive.clear()
+    drive.welcome(stale(1))
+    assert drive.sent("hello") == []
     assert drive.held() == []
     assert drive.of(act.Stop) == []
     assert drive.core.unacked_events == 0
+
+
+def test_an_end_that_hello_told_of_is_over_when_the_server_says_so() -> None:
+    drive = connected()
+    drive.bring(1, LeasePhase.DRAINING)
+    drive.reconnect(keep(1))
+    drive.clear()
+    drive.revoke(1, pb.REVOKE_REASON_STALE)
+    assert (drive.sent("hello"), drive.held()) == ([], [])
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["job_waits", "job_is_taken"])
+def test_a_job_that_ends_while_hello_is_under_way_is_told_of_with_the_next(waits: bool) -> None:
+    drive = connected()
+    drive.bring(1, LeasePhase.RUNNING)
+    drive.bring(2, LeasePhase.RUNNING)
+    drive.lose()
+    drive.advance(10 * SECOND_NS)
+    drive.do(drive.core.stream_opened(drive.stream_id, drive.now_ns))
+    drive.ended(1, an_exit(0))
+    drive.clear()
+    drive.welcome(stale(1), keep(2))
+    (hello,) = drive.sent("hello")
+    phases = [LeasePhase(lease.phase) for lease in hello.hello.leases]
+    assert phases == [LeasePhase.DRAINING, LeasePhase.RUNNING]
+    assert drive.events() == [], "nothing is said before that Hello is answered"
+    drive.clear()
+    drive.welcome(keep(1) if waits else stale(1), keep(2))
+    assert drive.sent("hello") == []
+    assert drive.events(1) == (["accepted", "running", "ended"] if waits else [])
+    assert drive.held() == ([1, 2] if waits else [2])
 
 
 def test_a_stale_word_about_a_lease_not_held_drops_what_is_owed() -> None:

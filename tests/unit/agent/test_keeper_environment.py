@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import pytest
 
-from lessor_agent.runtimes.base import StartRefused, StartRequest
+from lessor_agent.runtimes.base import OnLost, StartRefused, StartRequest
 from lessor_agent.runtimes.workload_environment import (
     check_strings,
     find_account,
@@ -27,6 +27,7 @@ REQUEST = StartRequest(
     user=None,
     gpu_uuids=(),
     grace=timedelta(seconds=1),
+    on_lost=OnLost.STOP,
     run_timeout=None,
     checkpoint=None,
     deadline_ns=0,

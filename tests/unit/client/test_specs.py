@@ -56,11 +56,12 @@ specs = st.builds(
     start_timeout=durations,
     ttl=durations,
     grace=durations,
+    on_lease_lost=st.sampled_from(["", "freeze", "stop", "continue"]),
     dedupe_key=texts,
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(specs)
 def test_a_spec_survives_the_wire_and_json(spec: JobSpec) -> None:
     message = job_pb2.JobSpec.FromString(spec.to_proto().SerializeToString())

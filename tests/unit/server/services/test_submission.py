@@ -55,7 +55,10 @@ STORED = {
     ZEROS: b'\n\x01a\x12\x07default"\x07process*\x03\n\x01a2\x03\x08\xe8\x07J\x08\x08\x01\x10\n\x1a\x00"\x00R\x04\x1a'
     b"\x02\x10\x01Z\x06\n\x02\x08<\x12\x00",
 }
-"""What was stored of these specs before any of it was made fast; fingerprints of requests depend on each byte."""
+"""What is said of these specs since the first server; fingerprints of requests depend on each byte."""
+
+FREEZES = b"Z\x02\x18\x01"
+STOPS = b"Z\x02\x18\x02"
 
 
 def spec(text: str) -> job_pb2.JobSpec:
@@ -67,16 +70,17 @@ async def prepared(*texts: str, submissions: Submissions | None = None) -> list[
 
 
 @pytest.mark.parametrize("text", STORED)
-async def test_the_stored_spec_is_the_same_to_the_byte(text: str) -> None:
+async def test_what_is_said_is_the_same_to_the_byte(text: str) -> None:
     (submission,) = await prepared(text)
-    assert submission.spec == STORED[text]
+    assert submission.said == STORED[text]
+    assert submission.spec == STORED[text] + (STOPS if "docker" in text else FREEZES)
 
 
 async def test_terms_found_again_are_those_of_the_spec() -> None:
     submissions = Submissions()
     for _ in range(2):
         found = await prepared(*STORED, submissions=submissions)
-        assert [submission.spec for submission in found] == list(STORED.values())
+        assert [submission.said for submission in found] == list(STORED.values())
 
 
 async def test_defaults() -> None:
@@ -112,8 +116,12 @@ async def test_a_prepared_spec_prepared_again_stays_as_it_is() -> None:
     for text, encoded in STORED.items():
         submissions = Submissions()
         await prepared(text, submissions=submissions)
-        (again,) = await submissions.prepare_all([job_pb2.JobSpec.FromString(encoded)], single=True)
-        assert again.spec == encoded
+        stored = job_pb2.JobSpec.FromString(encoded + FREEZES)
+        if stored.runtime == "docker":
+            stored.lease.on_lost = job_pb2.ON_LEASE_LOST_STOP
+        expected = stored.SerializeToString(deterministic=True)
+        (again,) = await submissions.prepare_all([stored], single=True)
+        assert again.spec == expected
 
 
 @pytest.mark.parametrize(
@@ -122,7 +130,8 @@ async def test_a_prepared_spec_prepared_again_stays_as_it_is() -> None:
         'queue: "q"', 'runtime: "docker"', "priority: 1", 'command { user: "me" }', "resources { gpu_count: 1 }",
         "resources { cpu_millis: 0 }", "retry { max_failures: 2 }", "retry { backoff_max { seconds: 1 } }",
         "timeouts { queue { seconds: 1 } }", "timeouts { start { seconds: 1 } }", "lease { ttl { seconds: 30 } }",
-        "lease { grace { seconds: 1 } }", 'selectors { key: "a" operator: SELECTOR_OPERATOR_EXISTS }',
+        "lease { grace { seconds: 1 } }", "lease { on_lost: ON_LEASE_LOST_STOP }",
+        'selectors { key: "a" operator: SELECTOR_OPERATOR_EXISTS }',
     ],
 )  # fmt: skip
 async def test_each_of_the_terms_tells_jobs_apart(other: str) -> None:
@@ -135,13 +144,32 @@ async def test_each_of_the_terms_tells_jobs_apart(other: str) -> None:
 
 
 async def test_all_specs_whose_grace_leaves_no_room_are_named() -> None:
-    bad = f"{MINIMAL} lease {{ ttl {{ seconds: 10 }} grace {{ seconds: 10 }} }}"
+    bad = f"{MINIMAL} lease {{ ttl {{ seconds: 10 }} grace {{ seconds: 10 }} on_lost: ON_LEASE_LOST_STOP }}"
     with pytest.raises(InvalidField) as refused:
         await prepared(MINIMAL, bad, MINIMAL, bad)
     assert [field for field, _ in refused.value.violations] == ["specs[1].lease.grace", "specs[3].lease.grace"]
     with pytest.raises(InvalidField) as refused:
         await Submissions().prepare_all([spec(bad)], single=True)
     assert [field for field, _ in refused.value.violations] == ["spec.lease.grace"]
+
+
+@pytest.mark.parametrize("on_lost", ["ON_LEASE_LOST_FREEZE", "ON_LEASE_LOST_CONTINUE", "ON_LEASE_LOST_UNSPECIFIED"])
+async def test_a_grace_is_bound_by_the_ttl_only_where_the_job_is_to_end_in_it(on_lost: str) -> None:
+    text = f"{MINIMAL} lease {{ ttl {{ seconds: 10 }} grace {{ seconds: 600 }} on_lost: %s }}"
+    (submission,) = await prepared(text % on_lost)
+    assert job_pb2.JobSpec.FromString(submission.spec).lease.grace.seconds == 600
+    with pytest.raises(InvalidField, match=r"less than 3\.8 s, or a longer ttl, or let on_lost be FREEZE"):
+        await prepared(text % "ON_LEASE_LOST_STOP")
+    with pytest.raises(InvalidField, match=r"less than 3\.8 s, or a longer ttl$"):
+        await prepared(text % "ON_LEASE_LOST_STOP" + ' runtime: "docker"')
+
+
+async def test_a_runtime_that_cannot_freeze_is_not_asked_to() -> None:
+    text = f'{MINIMAL} runtime: "docker"'
+    (submission,) = await prepared(text)
+    assert job_pb2.JobSpec.FromString(submission.spec).lease.on_lost == job_pb2.ON_LEASE_LOST_STOP
+    with pytest.raises(InvalidField, match="FREEZE: the runtime 'docker' cannot freeze a job: use STOP, or CONTINUE"):
+        await prepared(f"{text} lease {{ on_lost: ON_LEASE_LOST_FREEZE }}")
 
 
 async def test_a_spec_that_is_too_large_is_named_with_its_size() -> None:
