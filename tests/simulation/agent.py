@@ -17,7 +17,6 @@ from lessor.v1 import job_pb2
 from lessor_agent.adoption import adopt
 from lessor_agent.protocol import actions as act
 from lessor_agent.protocol.core import AgentCore, Loss, Profile
-from lessor_agent.protocol.lease import duration
 from lessor_agent.protocol.outcomes import Ending, job_error, timestamp
 from lessor_agent.runtimes.base import (
     Capabilities,
@@ -30,6 +29,7 @@ from lessor_agent.runtimes.base import (
     StopCause,
 )
 from lessor_agent.runtimes.base import Execution as AdoptedExecution
+from lessor_agent.supervisor import start_request
 from tests.simulation.host import RUNTIME, Execution, Host
 from tests.simulation.memory_journal import MemoryJournal
 from tests.simulation.network import Door, Network, Stream
@@ -305,6 +305,7 @@ class Agent:
                 self._do(self.core.prepare_refused(action.lease_id, error, self._now_ns()))
 
         def make() -> None:
+            request = start_request(grant, action.deadline_ns, can_freeze=True)
             made = Execution(
                 lease_id=action.lease_id,
                 job_id=grant.job_id,
@@ -312,7 +313,8 @@ class Agent:
                 attempt=grant.attempt,
                 gpu_uuids=tuple(grant.gpu_uuids),
                 agent=self.process.name,
-                grace=duration(grant.grace),
+                grace=request.grace,
+                on_lost=request.on_lost,
                 deadline_ns=action.deadline_ns,
             )
             execution = self.host.prepare(made)

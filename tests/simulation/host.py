@@ -1,9 +1,10 @@
 """A GPU host: executions under their keepers, which outlive the agent.
 
-An execution is a fencing token and the span of real time in which its workload
-could run. The keeper's rule is the shipped one: the workload is asked to stop a
-grace before the deadline that the core computed, and killed shortly before it.
-A keeper is scheduled up to a second late, as the protocol assumes.
+An execution is a fencing token and the spans of real time in which its workload
+could run. The keeper's rule is the shipped one: at the deadline that the core
+computed the workload stands still, and goes on if a renewal comes after all; or
+it is asked to stop a grace before, and killed shortly before. A keeper is
+scheduled up to a second late, as the protocol assumes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from datetime import datetime, timedelta
 
 from lessor_agent.keeper.verdict import KILL_SLACK_NS
 from lessor_agent.protocol.lease import nanoseconds
-from lessor_agent.runtimes.base import Exit, Handle, StopCause
+from lessor_agent.runtimes.base import Exit, Handle, OnLost, StopCause
 from tests.simulation.cluster import BEGINNING
 from tests.simulation.scheduler import SECOND_NS, Clock, Event, Scheduler
 
@@ -52,6 +53,7 @@ class Execution:
     gpu_uuids: tuple[str, ...]
     agent: str
     grace: timedelta
+    on_lost: OnLost
     deadline_ns: int
     """On the host's clock."""
     began_ns: int | None = None
@@ -64,6 +66,9 @@ class Execution:
     kill: Event | None = None
     kill_at_ns: int = 0
     started_at: datetime | None = None
+    frozen: bool = False
+    held_up: list[Callable[[], None]] = field(default_factory=list)
+    """What it would have done had it not been frozen."""
     plans: list[Event] = field(default_factory=list)
 
     @property
@@ -73,8 +78,20 @@ class Execution:
 
     @property
     def lives(self) -> bool:
-        """Its workload runs, or could."""
+        """Its workload is there."""
         return self.began_ns is not None and self.gone_ns is None
+
+    @property
+    def runs(self) -> bool:
+        """Its workload runs, or could."""
+        return self.lives and not self.frozen
+
+    @property
+    def due_ns(self) -> int:
+        """When its keeper acts if it is not renewed before, on the host's clock."""
+        limit_ns = self.deadline_ns - KILL_SLACK_NS
+        stops = self.on_lost is OnLost.STOP or self.began_ns is None
+        return limit_ns - nanoseconds(self.grace) if stops else limit_ns
 
     def output(self, stream: int, offset: int, length: int) -> bytes:
         """Returns what it wrote."""
@@ -98,6 +115,7 @@ class Host:
         """All that ever began."""
         self.workload_of: Callable[[Execution], Workload] = lambda execution: Workload(1.0)
         self.on_begin: Callable[[Execution], None] = lambda execution: None
+        self.on_thaw: Callable[[Execution], None] = lambda execution: None
         self.on_news: Callable[[Execution], None] = lambda execution: None
         """Told when one has written or ended; the agent listens, while there is one."""
 
@@ -153,7 +171,17 @@ class Host:
                 self._plan(execution, self._scheduler.between_ns(0.0, 2.0), what, _exit(self, execution, code))
 
     def _plan(self, execution: Execution, delay_ns: int, what: str, act: Callable[[], None]) -> None:
-        execution.plans.append(self._scheduler.after(delay_ns, what, act))
+        """Has the workload do something, unless it is gone by then; when it goes on if it stands still."""
+
+        def do() -> None:
+            if execution.frozen:
+                execution.held_up.append(do)
+            else:
+                if what:
+                    self._scheduler.note(what)
+                act()
+
+        execution.plans.append(self._scheduler.after(delay_ns, "", do))
 
     def _write(self, execution: Execution) -> None:
         if execution.lives and execution.workload is not None:
@@ -178,36 +206,54 @@ class Host:
     def is_near_a_deadline(self) -> bool:
         """Returns whether a lease here was not renewed for long."""
         soon_ns = self.local_ns() + _NEAR_NS
-        return any(each.exit is None and each.deadline_ns < soon_ns for each in self.executions.values())
+        return any(
+            each.exit is None and not each.frozen and each.deadline_ns < soon_ns for each in self.executions.values()
+        )
 
     # ── the keeper ───────────────────────────────────────────────────────────
 
     def renew(self, execution: Execution, deadline_ns: int) -> None:
         """Writes the deadline where the keeper reads it; it never moves back."""
         execution.deadline_ns = max(execution.deadline_ns, deadline_ns)
+        if execution.frozen:
+            execution.plans.append(self._scheduler.after(self._late_ns(), "", lambda: self._look(execution)))
 
     def _late_ns(self) -> int:
         return self._scheduler.spread_ns(0.01, 1.0, self.keepers_late)
 
     def _watch(self, execution: Execution) -> None:
-        """Looks again when the lease would have to be stopped."""
-        due_ns = execution.deadline_ns - KILL_SLACK_NS - nanoseconds(execution.grace)
+        """Looks again when the lease would be lost."""
+        at_ns = max(self.clock.real_ns(execution.due_ns), self._scheduler.now_ns) + self._late_ns()
+        execution.plans.append(self._scheduler.at(at_ns, "", lambda: self._look(execution)))
 
-        def look() -> None:
-            if execution.exit is not None:
-                return
-            now_due_ns = execution.deadline_ns - KILL_SLACK_NS - nanoseconds(execution.grace)
-            if self.local_ns() < now_due_ns:
-                self._watch(execution)
-            else:
-                self._scheduler.note(f"{self.name}: the keeper of lease {execution.lease_id} stops it")
-                self.stop(execution, StopCause.LEASE_LOST)
+    def _look(self, execution: Execution) -> None:
+        if execution.exit is not None:
+            return
+        stands = self.local_ns() < execution.due_ns
+        if execution.frozen:
+            if stands:
+                self._thaw(execution)
+        elif stands:
+            self._watch(execution)
+        elif execution.on_lost is OnLost.FREEZE and execution.began_ns is not None:
+            if execution.kill is None:
+                self._scheduler.note(f"{self.name}: the keeper of lease {execution.lease_id} freezes it")
+                execution.frozen = True
+        else:
+            self._scheduler.note(f"{self.name}: the keeper of lease {execution.lease_id} stops it")
+            self.stop(execution, StopCause.LEASE_LOST)
 
-        at_ns = max(self.clock.real_ns(due_ns), self._scheduler.now_ns) + self._late_ns()
-        execution.plans.append(self._scheduler.at(at_ns, "", look))
+    def _thaw(self, execution: Execution) -> None:
+        self._scheduler.note(f"{self.name}: the keeper of lease {execution.lease_id} has it go on")
+        execution.frozen = False
+        self.on_thaw(execution)
+        held_up, execution.held_up = execution.held_up, []
+        for act in held_up:
+            self._plan(execution, self._scheduler.between_ns(0, 1.0), "", act)
+        self._watch(execution)
 
     def stop(self, execution: Execution, cause: StopCause, grace: timedelta | None = None) -> None:
-        """SIGTERM, and SIGKILL after the grace, which a second stop can only shorten."""
+        """SIGTERM, and SIGKILL after the grace, which a second stop can only shorten; at once if it stands still."""
         if execution.exit is not None:
             return
         if execution.cause is None:
@@ -215,6 +261,11 @@ class Host:
         if execution.began_ns is None:
             self.exits(execution, None, 0)
             return
+        if execution.frozen:
+            self._look(execution)
+        if execution.frozen:
+            # Asked to stop it would have to run to hear it.
+            grace = timedelta()
         scheduler = self._scheduler
         limit_ns = self.clock.real_ns(execution.deadline_ns - KILL_SLACK_NS)
         grace_ns = nanoseconds(execution.grace if grace is None else grace)
@@ -222,7 +273,7 @@ class Host:
         if execution.kill is not None and execution.kill_at_ns <= kill_at_ns:
             return
         workload = execution.workload
-        if execution.kill is None and workload is not None and not workload.stubborn:
+        if execution.kill is None and workload is not None and not workload.stubborn and not execution.frozen:
             ends_well = scheduler.chance(0.1)
             code, number = (0, 0) if ends_well else (None, int(signal.SIGTERM))
             heeds = f"{self.name}: lease {execution.lease_id} heeds SIGTERM"

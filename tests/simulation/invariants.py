@@ -180,7 +180,7 @@ class Invariants:
         for other in self._begun.values():
             if other is execution or not other.lives:
                 continue
-            if other.job_id == execution.job_id:
+            if other.job_id == execution.job_id and other.runs:
                 self._broken(
                     2,
                     f"{execution.name}: lease {execution.lease_id} {now} while lease {other.lease_id} "
@@ -189,6 +189,16 @@ class Invariants:
             both = set(other.gpu_uuids) & set(execution.gpu_uuids)
             if both:
                 self._broken(6, f"leases {other.lease_id} and {execution.lease_id} use {sorted(both)} at once")
+
+    def thawed(self, execution: Execution) -> None:
+        """What was frozen goes on only as the latest of its job."""
+        for other in self._begun.values():
+            if other.job_id == execution.job_id and other.lease_id > execution.lease_id:
+                self._broken(
+                    2,
+                    f"{execution.name}: lease {execution.lease_id} goes on on {execution.agent} after lease "
+                    f"{other.lease_id} has begun on {other.agent}",
+                )
 
     # ── the database ─────────────────────────────────────────────────────────
 

@@ -87,6 +87,7 @@ class Users:
         spec = job_pb2.JobSpec(name=name, command=job_pb2.Command(argv=["/simulated", kind]))
         spec.lease.ttl.FromTimedelta(TTL)
         spec.lease.grace.FromTimedelta(timedelta(seconds=random.choice((0.2, 1.0, 2.0))))
+        spec.lease.on_lost = random.choice((job_pb2.ON_LEASE_LOST_FREEZE, job_pb2.ON_LEASE_LOST_STOP))
         spec.retry.max_failures = random.choice((1, 2, 3))
         spec.retry.max_losses = 1000
         spec.retry.backoff_initial.FromTimedelta(timedelta(seconds=random.choice((0.5, 2.0))))

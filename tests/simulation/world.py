@@ -72,6 +72,7 @@ class World:
         for agent in self.agents:
             agent.host.workload_of = self._users.workload
             agent.host.on_begin = self.invariants.began
+            agent.host.on_thaw = self.invariants.thawed
         self._faults = Faults(scheduler, self._network, self._postgres, self.agents, self.replicas, faults_end_ns)
 
     def _is_urgent(self) -> bool:
