@@ -1,4 +1,4 @@
-"""``python -m tests.chaos``: a chaos run of any length, or the mutants."""
+"""``python -m tests.chaos``: a chaos run of any length, the mutants, or the restart matrix."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.chaos import network
+from tests.chaos.restarts import run_restarts
 from tests.chaos.run import chaos
 from tests.chaos.scenarios import run_mutants
 from tests.chaos.world import Shape
@@ -24,16 +25,22 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--agents", type=int, default=5)
     parser.add_argument("--keep", type=Path, help="an empty directory in which everything is left for inspection")
     parser.add_argument("--mutants", nargs="*", metavar="NAME", help="plant bugs instead, all or these")
+    parser.add_argument("--restarts", nargs="*", metavar="CELL", help="restart every part in every way, or these")
+    parser.add_argument(
+        "--away", type=float, default=0.0, metavar="SECONDS", help="with --restarts: the whole control plane, too"
+    )
     arguments = parser.parse_args(argv)
     # Whoever ends it by SIGTERM wants namespaces, mounts and processes gone as well.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if arguments.mutants is not None:
         return asyncio.run(run_mutants(arguments.mutants))
+    if arguments.keep is not None:
+        arguments.keep.mkdir(parents=True, exist_ok=True)
+    if arguments.restarts is not None:
+        return asyncio.run(run_restarts(arguments.restarts, tell, arguments.away, arguments.keep))
     if lacking := network.missing():
         print(f"chaos needs network namespaces, iptables and tmpfs: {lacking}", file=sys.stderr)
         return 2
-    if arguments.keep is not None:
-        arguments.keep.mkdir(parents=True, exist_ok=True)
     seed = random.SystemRandom().randrange(1_000_000) if arguments.seed is None else arguments.seed
     shape = Shape(agents=arguments.agents)
     verdict = asyncio.run(chaos(arguments.seconds, seed, shape, tell, arguments.keep))

@@ -9,6 +9,7 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
+from enum import StrEnum
 
 import asyncpg
 
@@ -17,7 +18,7 @@ from lessor_agent.runtimes.process import find_keepers
 from tests.chaos.history import Fault
 from tests.chaos.schedule import Planned
 from tests.chaos.workload import now_ns
-from tests.chaos.world import AgentHost, Replica, World, read_proc
+from tests.chaos.world import AgentHost, Program, Replica, World, read_proc
 
 UNREACHABLE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError)
 
@@ -112,25 +113,43 @@ async def _reset(world: World, planned: Planned, rng: random.Random) -> AsyncIte
 # ── processes ────────────────────────────────────────────────────────────────
 
 
-@injury("agent kill")
-async def _agent_kill(world: World, planned: Planned, rng: random.Random) -> AsyncIterator[Injured]:
-    await _agent(world, planned).kill()
-    yield Injured()
-    _agent(world, planned).start()
+class Way(StrEnum):
+    """How a process is taken away."""
+
+    TERM = "TERM"
+    """Asked to stop, and started again."""
+    KILL = "KILL"
+    """Killed, and started again."""
+    STOP = "STOP"
+    """Stopped with SIGSTOP, and continued."""
 
 
-@injury("agent stop")
-async def _agent_stop(world: World, planned: Planned, rng: random.Random) -> AsyncIterator[Injured]:
-    _agent(world, planned).send(signal.SIGSTOP)
-    yield Injured()
-    _agent(world, planned).send(signal.SIGCONT)
+@asynccontextmanager
+async def away(program: Program, way: Way) -> AsyncIterator[None]:
+    """Takes a process away, and brings it back."""
+    if way is Way.STOP:
+        program.send(signal.SIGSTOP)
+    elif way is Way.KILL:
+        await program.kill()
+    else:
+        await program.terminate()
+    yield
+    if way is Way.STOP:
+        program.send(signal.SIGCONT)
+    else:
+        program.start()
 
 
-@injury("agent restart")
-async def _agent_restart(world: World, planned: Planned, rng: random.Random) -> AsyncIterator[Injured]:
-    await _agent(world, planned).terminate()
-    yield Injured()
-    _agent(world, planned).start()
+def _process(name: str, program: Callable[[World, Planned], Program], way: Way) -> None:
+    @injury(name)
+    async def take_away(world: World, planned: Planned, rng: random.Random) -> AsyncIterator[Injured]:
+        async with away(program(world, planned), way):
+            yield Injured()
+
+
+for _verb, _way in (("kill", Way.KILL), ("stop", Way.STOP), ("restart", Way.TERM)):
+    _process(f"agent {_verb}", _agent, _way)
+    _process(f"server {_verb}", _replica, _way)
 
 
 @injury("zygote kill")
@@ -169,27 +188,6 @@ def _keeper_stops(name: str) -> None:
 
 _keeper_stops("keeper stop")
 _keeper_stops("keeper long stop")
-
-
-@injury("server kill")
-async def _server_kill(world: World, planned: Planned, rng: random.Random) -> AsyncIterator[Injured]:
-    await _replica(world, planned).kill()
-    yield Injured()
-    _replica(world, planned).start()
-
-
-@injury("server stop")
-async def _server_stop(world: World, planned: Planned, rng: random.Random) -> AsyncIterator[Injured]:
-    _replica(world, planned).send(signal.SIGSTOP)
-    yield Injured()
-    _replica(world, planned).send(signal.SIGCONT)
-
-
-@injury("server restart")
-async def _server_restart(world: World, planned: Planned, rng: random.Random) -> AsyncIterator[Injured]:
-    await _replica(world, planned).terminate()
-    yield Injured()
-    _replica(world, planned).start()
 
 
 # ── PostgreSQL ───────────────────────────────────────────────────────────────
@@ -235,20 +233,26 @@ async def _backend(world: World, rng: random.Random) -> int:
 
 
 def _stopped_keeper(agent: AgentHost, rng: random.Random) -> tuple[int, int]:
-    """Stops a keeper. Returns (lease_id, pid), or (0, 0) if there is none.
+    """Stops a keeper. Returns (lease_id, pid), or (0, 0) if there is none."""
+    keepers = find_keepers(agent.state_dir)
+    for lease_id in rng.sample(sorted(keepers), len(keepers)):
+        if stop_keeper(keepers[lease_id], lease_id):
+            return lease_id, keepers[lease_id]
+    return 0, 0
+
+
+def stop_keeper(pid: int, lease_id: int) -> bool:
+    """Stops a process if it is the keeper of this lease. Returns whether it was.
 
     It is looked at once it stands still: a keeper may end one lease and begin
     another at any time.
     """
-    keepers = find_keepers(agent.state_dir)
-    for lease_id in rng.sample(sorted(keepers), len(keepers)):
-        pid = keepers[lease_id]
-        _send(pid, signal.SIGSTOP)
-        title = read_title(pid)
-        if title is not None and title[0] == lease_id:
-            return lease_id, pid
-        _send(pid, signal.SIGCONT)
-    return 0, 0
+    _send(pid, signal.SIGSTOP)
+    title = read_title(pid)
+    if title is not None and title[0] == lease_id:
+        return True
+    _send(pid, signal.SIGCONT)
+    return False
 
 
 def _zygote_of(world: World, agent: AgentHost) -> int | None:

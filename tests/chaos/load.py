@@ -39,6 +39,10 @@ class Plan:
     ttl_s: int = 10
     cancel_after_s: float | None = None
     selectors: tuple[str, ...] = ()
+    gate: str = ""
+    """A file without which it does not end; empty: none."""
+    on_lease_lost: str = ""
+    """What its keeper does once its lease has run out; empty: what Lessor does unless it is told."""
 
     def argv(self, diaries: Path) -> list[str]:
         """Returns the command that writes its diary into a directory."""
@@ -49,11 +53,13 @@ class Plan:
             "children": self.children,
             "linger": self.linger_s,
             "stubborn": self.stubborn,
+            "gate": self.gate,
         }
         return [sys.executable, "-I", "-S", workload.__file__, str(diaries), json.dumps(plan)]
 
     def spec(self, name: str, diaries: Path) -> lessor.JobSpec:
         """Returns the job."""
+        policy: dict[str, Any] = {"on_lease_lost": self.on_lease_lost} if self.on_lease_lost else {}
         return lessor.JobSpec.of(
             self.argv(diaries),
             name=name,
@@ -65,6 +71,7 @@ class Plan:
             max_losses=_MAX_LOSSES,
             backoff="100ms",
             selectors=list(self.selectors),
+            **policy,
         )
 
 
@@ -87,7 +94,8 @@ def draw_plan(rng: random.Random, longest_s: float = 40.0) -> Plan:
         plan = replace(plan, exits=rng.choice(((3, 0), (1, 2, 0), (5,), (4, 6))))
     if rng.random() < 0.08:
         plan = replace(plan, cancel_after_s=rng.uniform(0.0, 4.0))
-    return replace(plan, stubborn=rng.random() < 0.2, gpus=rng.choice((0, 0, 0, 1, 2)))
+    policy = rng.choice(("freeze", "stop"))
+    return replace(plan, stubborn=rng.random() < 0.2, gpus=rng.choice((0, 0, 0, 1, 2)), on_lease_lost=policy)
 
 
 class Load:

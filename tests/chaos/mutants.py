@@ -88,8 +88,8 @@ MUTANTS = (
         (
             Edit(
                 "lessor_agent/protocol/leases.py",
-                '        """Answers a lease that is asked back."""\n',
-                '        """Answers a lease that is asked back."""\n        return\n',
+                "        lease = self._held.get(revoke.lease_id)\n",
+                "        return\n",
             ),
         ),
     ),
@@ -122,7 +122,7 @@ MUTANTS = (
     ),
     Mutant(
         "ends-unread",
-        "A restarted agent reads what ended without it before it says hello",
+        "An agent reads what ended without it before it says hello",
         "ended_without_an_agent",
         frozenset({Kind.RE_RUN}),
         (

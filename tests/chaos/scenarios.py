@@ -88,11 +88,11 @@ class Stage:
         await self.load.cancel(job.name, encode_job_id(job.job_number))
 
 
-async def until(condition: Callable[[], bool], within_s: float = PATIENCE_S) -> None:
-    """Waits for what another process writes."""
+async def until(condition: Callable[[], bool], within_s: float = PATIENCE_S, look_s: float = _LOOK_S) -> None:
+    """Waits for what another process writes; it is looked at every ``look_s``."""
     async with asyncio.timeout(within_s):
         while not await asyncio.to_thread(condition):  # noqa: ASYNC110 - there is no event
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(look_s)
 
 
 async def until_true(connection: asyncpg.Connection, query: str, *arguments: object) -> None:

@@ -12,13 +12,14 @@ all executions on one host can be compared. Roles are ``main`` and ``child0``, `
 
 PLAN is JSON: ``seconds``; ``lines`` to print; ``exits``, the exit code of each attempt, the
 last one for all later; ``children`` to fork; ``linger`` seconds that they outlive the job;
-``stubborn``: it ignores SIGTERM.
+``stubborn``: it ignores SIGTERM; ``gate``, a file without which it does not end, empty: none.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import sys
 import time
@@ -58,13 +59,23 @@ class Diary:
         os.write(self._fd, " ".join(map(str, (kind, now_ns(), *words))).encode() + b"\n")
 
 
-def paced(until_ns: int) -> Iterator[bool]:
-    """Yields every tick until then: whether SIGTERM came meanwhile. At least once."""
+def asked_to_stop(pause_s: float) -> bool:
+    """Sleeps; returns whether SIGTERM, which is blocked, has come since the last time."""
+    select.select((), (), (), pause_s)
+    # Not sigtimedwait, which says that a signal came when a process that was stopped goes on after its timeout.
+    asked = signal.SIGTERM in signal.sigpending()
+    if asked:
+        signal.sigwait((signal.SIGTERM,))
+    return asked
+
+
+def paced(until_ns: int, gate: str = "") -> Iterator[bool]:
+    """Yields every tick until then, and until ``gate`` is there: whether SIGTERM came meanwhile. At least once."""
     while True:
         left_s = (until_ns - now_ns()) / 1e9
-        caught = signal.sigtimedwait((signal.SIGTERM,), max(0.0, min(TICK_S, left_s)))
-        yield caught is not None
-        if now_ns() >= until_ns:
+        pause_s = TICK_S if gate and left_s <= 0 else max(0.0, min(TICK_S, left_s))
+        yield asked_to_stop(pause_s)
+        if now_ns() >= until_ns and (not gate or os.path.exists(gate)):
             return
 
 
@@ -94,7 +105,7 @@ def main(directory: str, plan: dict[str, Any]) -> int:
             child(Diary(directory, token, f"child{number}"), until_ns + int(plan["linger"] * 1e9), stubborn)
             os._exit(0)
     started_ns, lines, written, number = now_ns(), plan["lines"], 0, 0
-    for asked in paced(until_ns):
+    for asked in paced(until_ns, plan.get("gate", "")):
         diary.note("tick")
         if asked:
             diary.note("term")
@@ -117,7 +128,7 @@ def put(diary: Diary, data: bytes, written: int) -> int:
             count = os.write(1, data)
         except OSError:
             diary.note("tick")
-            if signal.sigtimedwait((signal.SIGTERM,), TICK_S) is not None:
+            if asked_to_stop(TICK_S):
                 diary.note("term")
                 os._exit(128 + signal.SIGTERM)
             continue
