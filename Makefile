@@ -15,10 +15,11 @@ PYTEST_ARGS ?=
 SCENARIOS ?=
 BENCH_ARGS ?=
 # For `make chaos`: how long faults are injected, and more options of `python -m tests.chaos`; for `make chaos-mutants`:
-# only these.
+# only these. For `make restarts`: only these cells.
 CHAOS_SECONDS ?= 60
 CHAOS_ARGS ?=
 MUTANTS ?=
+CELLS ?=
 # For `make sim`: how many fresh seeds to run, or the one to replay step by step.
 SEEDS ?= 100
 SEED ?=
@@ -86,6 +87,10 @@ chaos: $(READY) ## Real processes under faults (CHAOS_SECONDS=1800, CHAOS_ARGS="
 chaos-mutants: $(READY) ## Plant bugs in a copy; the checker must catch each (MUTANTS="no-margin …")
 	@$(BIN)/python -m tests.chaos --mutants $(MUTANTS)
 
+.PHONY: restarts
+restarts: $(READY) ## Restart every part in every way under 50 jobs (CELLS='"agent KILL"', CHAOS_ARGS="--away 600")
+	@$(BIN)/python -m tests.chaos --restarts $(CELLS) $(CHAOS_ARGS)
+
 .PHONY: sim
 sim: $(READY) ## Simulate faults in virtual time on a real PostgreSQL (SEEDS=1000, or SEED=7 to replay one)
 	@$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
@@ -93,6 +98,10 @@ sim: $(READY) ## Simulate faults in virtual time on a real PostgreSQL (SEEDS=100
 .PHONY: sim-mutants
 sim-mutants: $(READY) ## Plant bugs; count the seeds until the simulation finds each (MUTANTS="margin-skipped …")
 	@$(BIN)/python -m tests.simulation --mutants $(MUTANTS)
+
+.PHONY: model
+model: $(READY) ## Search every state of the model of the lease protocol, and its planted bugs
+	@$(BIN)/python -m tests.model
 
 .PHONY: check
 check: $(READY) ## Lint, format, types, layers, contract

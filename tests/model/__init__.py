@@ -1,0 +1,1 @@
+"""A model of the lease protocol, small enough that every state it can reach is looked at."""
