@@ -8,7 +8,7 @@ import random
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import asyncpg
 
@@ -17,6 +17,8 @@ from lessor.ids import decode_job_id
 from tests.chaos import workload
 from tests.chaos.history import Submitted
 from tests.chaos.world import World
+
+Policy = Literal["freeze", "stop"]
 
 GRACE_S = 1.0
 _MAX_LOSSES = 100
@@ -41,8 +43,8 @@ class Plan:
     selectors: tuple[str, ...] = ()
     gate: str = ""
     """A file without which it does not end; empty: none."""
-    on_lease_lost: str = ""
-    """What its keeper does once its lease has run out; empty: what Lessor does unless it is told."""
+    on_lease_lost: Policy = "freeze"
+    """What its keeper does once its lease has run out."""
 
     def argv(self, diaries: Path) -> list[str]:
         """Returns the command that writes its diary into a directory."""
@@ -59,7 +61,6 @@ class Plan:
 
     def spec(self, name: str, diaries: Path) -> lessor.JobSpec:
         """Returns the job."""
-        policy: dict[str, Any] = {"on_lease_lost": self.on_lease_lost} if self.on_lease_lost else {}
         return lessor.JobSpec.of(
             self.argv(diaries),
             name=name,
@@ -71,7 +72,7 @@ class Plan:
             max_losses=_MAX_LOSSES,
             backoff="100ms",
             selectors=list(self.selectors),
-            **policy,
+            on_lease_lost=self.on_lease_lost,
         )
 
 
@@ -94,8 +95,9 @@ def draw_plan(rng: random.Random, longest_s: float = 40.0) -> Plan:
         plan = replace(plan, exits=rng.choice(((3, 0), (1, 2, 0), (5,), (4, 6))))
     if rng.random() < 0.08:
         plan = replace(plan, cancel_after_s=rng.uniform(0.0, 4.0))
-    policy = rng.choice(("freeze", "stop"))
-    return replace(plan, stubborn=rng.random() < 0.2, gpus=rng.choice((0, 0, 0, 1, 2)), on_lease_lost=policy)
+    policies: tuple[Policy, ...] = ("freeze", "stop")
+    gpus = rng.choice((0, 0, 0, 1, 2))
+    return replace(plan, stubborn=rng.random() < 0.2, gpus=gpus, on_lease_lost=rng.choice(policies))
 
 
 class Load:

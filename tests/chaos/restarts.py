@@ -20,12 +20,11 @@ from pathlib import Path
 
 from lessor.ids import encode_job_id
 from lessor.lifecycle import Outcome
-from lessor.sdk.specs import JobFields
 from tests.chaos.checker import Kind, check
 from tests.chaos.evidence import collect
 from tests.chaos.faults import UNREACHABLE, Way
 from tests.chaos.history import Fault, History, Submitted, read_executions
-from tests.chaos.load import Load, Plan
+from tests.chaos.load import Load, Plan, Policy
 from tests.chaos.overlay import Edit
 from tests.chaos.parts import KEEPERS_KILLED, PARTS, Trial
 from tests.chaos.run import Tell, come_to_rest
@@ -63,8 +62,8 @@ class Cell:
     part: str
     """Name in :data:`PARTS`."""
     way: Way
-    on_lease_lost: str = ""
-    """Of its jobs; empty: what Lessor does unless it is told."""
+    on_lease_lost: Policy | None = None
+    """Of its jobs; None: it decides nothing here, and they do not say."""
     away_s: float = 0.0
     """The part is away for at least this long; 0: until the jobs that end meanwhile have ended."""
 
@@ -79,15 +78,10 @@ class Cell:
             return range(KEEPERS_KILLED, KEEPERS_KILLED + 1)
         if self.part not in _LEASES_RUN_OUT or self.away_s < TTL_S:
             return range(1)
-        if self.on_lease_lost in ("", "stop"):
+        if self.on_lease_lost == "stop":
             return range(running, running + 1)
         # While all agents stand still lease time goes on: the leases end, whatever a keeper does with the work.
         return range(running + 1) if self.part == "agent" else range(1)
-
-
-def policies() -> list[str]:
-    """Returns what jobs may ask for that is worth a cell of its own; nothing but the usual where they cannot ask."""
-    return ["stop", "freeze"] if "on_lease_lost" in JobFields.__annotations__ else [""]
 
 
 def matrix() -> list[Cell]:
@@ -97,13 +91,14 @@ def matrix() -> list[Cell]:
         for way in Way:
             away_s = AWAY_S if way is Way.STOP else 0.0
             decided = way is Way.STOP and part in _LEASES_RUN_OUT
-            cells += [Cell(part, way, policy, away_s) for policy in (policies() if decided else [""])]
+            policies: tuple[Policy | None, ...] = ("stop", "freeze") if decided else (None,)
+            cells += [Cell(part, way, policy, away_s) for policy in policies]
     return cells
 
 
 def outage(away_s: float) -> Cell:
-    """Returns the cell in which database and replicas are gone for so long; its jobs are frozen if they can be."""
-    return Cell("control plane", Way.KILL, policies()[-1], away_s)
+    """Returns the cell in which database and replicas are gone for so long; its jobs are frozen meanwhile."""
+    return Cell("control plane", Way.KILL, "freeze", away_s)
 
 
 # ── trying a cell ────────────────────────────────────────────────────────────
@@ -192,7 +187,7 @@ def _plan(cell: Cell, trial: Trial, number: int, gate: str) -> Plan:
         stubborn=number % 5 == 0,
         ttl_s=TTL_S if cell.away_s else LONG_TTL_S,
         gate=trial.gate(gate),
-        on_lease_lost=cell.on_lease_lost,
+        on_lease_lost=cell.on_lease_lost or "freeze",
     )
 
 
