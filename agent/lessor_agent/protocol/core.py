@@ -47,6 +47,9 @@ AGENT_IDENTITY_IN_USE = "AGENT_IDENTITY_IN_USE"
 """Reasons of refusals that a quick retry cannot heal."""
 
 
+ASK_AGAIN_NS = 60_000_000_000
+"""A server that gave no usable answer for a held lease is asked again after so long: its work may stand still."""
+
 _Hear = Callable[[pb.ConnectResponse, int], None]
 
 
@@ -119,7 +122,8 @@ class AgentCore:
         self._refused = ""
         self._hearers: dict[str, tuple[_Hear, bool]] = {
             "welcome": (self._welcomed, True),
-            "hello_requested": (self._asked_for_hello, True),
+            # Not before Welcome: of two Hellos under way nobody could tell which one it answers.
+            "hello_requested": (self._asked_for_hello, False),
             "reconnect": (self._asked_to_reconnect, True),
             "grants": (self._granted, False),
             "revokes": (self._revoked, False),
@@ -463,6 +467,9 @@ class AgentCore:
         return False
 
     def _beat(self, now_ns: int) -> None:
+        if now_ns - self._session.hello_sent_ns >= ASK_AGAIN_NS and any(lease.unanswered for lease in self._leases):
+            self._greet(now_ns)
+            return
         seq = self._session.beat(now_ns)
         heartbeat = pb.Heartbeat(seq=seq, lease_ids=self._leases.ids(), gpus=self._gpus)
         self._send_urgent(pb.ConnectRequest(heartbeat=heartbeat))

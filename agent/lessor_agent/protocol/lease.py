@@ -150,6 +150,11 @@ class Lease:
         return self.stage is ENDED and not self.end_acked and self.listed is not LeasePhase.DRAINING
 
     @property
+    def unanswered(self) -> bool:
+        """The server did not say of it whether it stands: it is held, and not renewed."""
+        return not self.confirmed and not self.abandoned and self.stage is not ENDED
+
+    @property
     def abandoned(self) -> bool:
         """It is being given back or dropped: it will never run (again)."""
         return self.stale or self.withdrawn is not None or self.rejected is not None

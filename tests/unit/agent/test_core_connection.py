@@ -9,8 +9,9 @@ import pytest
 from lessor.lifecycle import LeasePhase
 from lessor.v1 import agent_service_pb2 as pb
 from lessor_agent.protocol import actions as act
-from lessor_agent.protocol.session import Link
-from tests.support.agent_core import MS_NS, SECOND_NS, CoreDriver, its_end_is_known, keep, stale
+from lessor_agent.protocol.core import ASK_AGAIN_NS
+from lessor_agent.protocol.session import WELCOME_TIMEOUT_NS, Link
+from tests.support.agent_core import MS_NS, SECOND_NS, CoreDriver, an_exit, connected, its_end_is_known, keep, stale
 
 pytestmark = pytest.mark.unit
 
@@ -61,6 +62,58 @@ def test_a_loss_of_an_older_stream_changes_nothing() -> None:
     drive.lose()
     assert drive.core.link is Link.UP
     assert new != old
+
+
+def test_no_second_hello_is_sent_before_the_first_is_answered() -> None:
+    """Its Welcome would be taken for the answer to the second, and counted from when that was sent."""
+    asked = pb.ConnectResponse(hello_requested=pb.HelloRequested(reason="epoch moved"))
+    drive = connected()
+    drive.bring(1, LeasePhase.RUNNING)
+    drive.advance(10 * SECOND_NS)
+    drive.clear()
+    sent_ns = drive.now_ns
+    drive.say(asked)
+    drive.now_ns += 8 * SECOND_NS
+    drive.ended(1, an_exit(0))
+    drive.say(asked)
+    assert len(drive.sent("hello")) == 1
+    assert drive.core.next_wakeup_ns() == sent_ns + WELCOME_TIMEOUT_NS
+    drive.clear()
+    drive.welcome(stale(1))
+    (hello,) = drive.sent("hello")
+    assert LeasePhase(hello.hello.leases[0].phase) is LeasePhase.DRAINING, "the end is not dropped"
+
+
+def test_a_renewal_counts_from_the_hello_that_was_answered() -> None:
+    asked = pb.ConnectResponse(hello_requested=pb.HelloRequested(reason="epoch moved"))
+    drive = connected()
+    drive.bring(1, LeasePhase.RUNNING)
+    drive.advance(10 * SECOND_NS)
+    drive.clear()
+    sent_ns = drive.now_ns
+    drive.say(asked)
+    drive.now_ns += 8 * SECOND_NS
+    drive.say(asked)
+    drive.welcome(keep(1))
+    lease = drive.core.leases.get(1)
+    assert lease is not None
+    assert [action.deadline_ns for action in drive.of(act.Renew)] == [lease.deadline_ns(sent_ns)]
+
+
+def test_a_lease_the_server_left_unanswered_is_asked_for_again() -> None:
+    drive = connected()
+    drive.bring(1, LeasePhase.RUNNING)
+    drive.reconnect()
+    drive.clear()
+    asked_ns = drive.now_ns
+    while not drive.sent("hello"):
+        drive.advance(SECOND_NS)
+        beats = drive.sent("heartbeat")
+        drive.ack(heartbeat=beats[-1].heartbeat.seq if beats else 0)
+        assert drive.now_ns - asked_ns <= 2 * ASK_AGAIN_NS
+    drive.clear()
+    drive.welcome(keep(1))
+    assert [action.lease_id for action in drive.of(act.Renew)] == [1]
 
 
 def test_hello_requested_is_answered_on_the_same_stream_and_old_messages_are_ignored() -> None:
