@@ -12,6 +12,8 @@ import grpc
 import pytest
 from alembic.script import ScriptDirectory
 
+from lessor.v1 import job_pb2
+from lessor.v1.fleet_service_pb2 import DrainAgentRequest, UndrainAgentRequest
 from lessor_server.store import migrate, tables
 from lessor_server.store.partitions import BY_JOB, BY_LEASE, ensure_partitions
 from tests.e2e.test_bad_input import run
@@ -25,6 +27,7 @@ pytestmark = pytest.mark.e2e
 
 TABLES = sorted(tables.metadata.tables)
 SUCCEEDED, FAILED, LOST = 1, 2, 6
+CANCELLED = int(job_pb2.JOB_STATE_CANCELLED)
 
 INDEXES = {
     "job": "(submitted_at)", "attempt": "(ended_at) WHERE final_state = 5", "log_chunk": "(read_at)",
@@ -74,7 +77,9 @@ async def audit(database_url: str, load: SteadyLoad, lost: Iterable[str]) -> Non
         assert await count("SELECT count(*) FROM job") == len(load.submitted)
         assert await count("SELECT count(*) FROM attempt WHERE final_state IS NOT NULL") == len(load.submitted)
         assert await count(f"SELECT count(*) FROM attempt WHERE outcome = {LOST}") == len(list(lost))
-        assert await count("SELECT count(*) FROM attempt WHERE outcome IN (7, 8)") == 0, "nothing was withdrawn"
+        # What is cancelled before its agent was told of it is not begun at all.
+        withdrawn = f"SELECT count(*) FROM attempt WHERE outcome IN (7, 8) AND final_state IS DISTINCT FROM {CANCELLED}"
+        assert await count(withdrawn) == 0, "nothing else was withdrawn"
         assert await count("SELECT count(*) FROM attempt WHERE logs_truncated_at > 0") == 0
         for table in ("lease", "lease_gpu", "ready", "delayed"):
             assert await count(f"SELECT count(*) FROM {table}") == 0, table
@@ -158,6 +163,40 @@ async def test_the_next_schema_comes_under_load_and_nobody_notices(
     assert "ERROR" not in log, log
 
 
+async def drained_under_another(pool: asyncpg.Pool, old_one: str, load: SteadyLoad) -> bool:
+    """Has another server lead than the old one, through which all agents are drained and put back.
+
+    Returns:
+        Whether the other led all the time, so that what was looked at is its doing.
+    """
+    async with asyncio.timeout(60):
+        while (holder := await pool.fetchval("SELECT holder FROM leader")) in ("", old_one):
+            if holder:
+                # As the leader does that stops; either may be the first to see it.
+                await pool.execute("UPDATE leader SET epoch = epoch + 1, holder = ''")
+    fleet = load.client.fleet
+    names = [agent.raw.agent_id for agent in load.agents]
+    for name in names:
+        await fleet.DrainAgent(DrainAgentRequest(agent=name))
+    drained = await pool.fetchrow("SELECT epoch, holder, beat, (SELECT last_value FROM lease_number) FROM leader")
+    assert drained is not None
+    waiting = await load.client.submit()
+    load.submitted.append(waiting)
+    async with asyncio.timeout(60):
+        # The planner has had its turn, several times.
+        while await pool.fetchval("SELECT beat FROM leader") < drained["beat"] + 5:
+            continue
+    made_since = await pool.fetchval("SELECT count(*) FROM lease WHERE lease_id > $1", drained["last_value"])
+    now = await pool.fetchrow("SELECT epoch, holder FROM leader")
+    assert now is not None
+    led = (now["epoch"], now["holder"]) == (drained["epoch"], drained["holder"]) and now["holder"] != old_one
+    assert not (led and made_since), "a lease was made on an agent that is drained"
+    for name in names:
+        await fleet.UndrainAgent(UndrainAgentRequest(agent=name))
+    await load.ended(waiting)
+    return led
+
+
 async def test_every_migration_there_is_comes_under_load_of_servers_of_the_first_schema(
     empty_database_url: str, tmp_path: Path
 ) -> None:
@@ -174,9 +213,14 @@ async def test_every_migration_there_is_comes_under_load_of_servers_of_the_first
             assert migrated.out == f"the database is at schema {migrate.head_revision()}\n", migrated.err
             await load.progressed()
             # Servers of both releases side by side: the agents are on the old one, and either leads.
-            async with running_cluster(url, made(tmp_path / "new")) as new, client_of(new) as other:
-                await one_more(load, other)
-                await load.ended(lost)
+            async with asyncpg.create_pool(url, min_size=1) as pool:
+                old_one = await pool.fetchval("SELECT holder FROM leader")
+                async with running_cluster(url, made(tmp_path / "new")) as new, client_of(new) as other:
+                    await one_more(load, other)
+                    await load.ended(lost)
+                    while not await drained_under_another(pool, old_one, load):
+                        await load.progressed()
+                    await load.progressed()
         await audit(url, load, [lost])
         log = (old.directory / "server.log").read_text()
         assert "ERROR" not in log, log

@@ -100,6 +100,8 @@ class FakeServer(FakeWorld, job_service_pb2_grpc.JobServiceServicer, fleet_servi
     explanation: job_service_pb2.Explanation | None = None
     oldest_cursor: int = 0
     """A cursor below it has expired."""
+    drained_state: fleet_service_pb2.AgentState.ValueType = fleet_service_pb2.AGENT_STATE_DRAINING
+    """What is told of an agent that has been drained."""
     address: str = ""
 
     def __post_init__(self) -> None:
@@ -386,7 +388,7 @@ class FakeServer(FakeWorld, job_service_pb2_grpc.JobServiceServicer, fleet_servi
 
     def DrainAgent(self, request, context):  # type: ignore[no-untyped-def]
         agent = self._agent(request.agent, context)
-        agent.drained, agent.state = True, fleet_service_pb2.AGENT_STATE_DRAINING
+        agent.drained, agent.state = True, self.drained_state
         return fleet_service_pb2.DrainAgentResponse(agent=agent)
 
     def UndrainAgent(self, request, context):  # type: ignore[no-untyped-def]

@@ -68,7 +68,11 @@ class BusyAgent:
                         self._held.add(grant.lease_id)
                         tasks.create_task(self._run(grant))
             elif kind == "revokes":
-                self._asked_back |= {revoke.lease_id for revoke in message.revokes.revokes}
+                for revoke in message.revokes.revokes:
+                    if revoke.lease_id not in self._held | self._asked_back:
+                        # Taken back before it was told of, or over already.
+                        tasks.create_task(self._tell(revoke, released=pb.Released()))
+                    self._asked_back.add(revoke.lease_id)
             elif kind == "ack":
                 for seq in message.ack.event_seqs:
                     self._acks.pop(seq).set_result(None)
@@ -87,7 +91,7 @@ class BusyAgent:
                 await self._beat_acked.wait()
             await asyncio.sleep(HEARTBEAT_S)  # The agent's own pace, not a wait for anything.
 
-    async def _tell(self, grant: pb.Grant, **event: Any) -> None:
+    async def _tell(self, grant: pb.Grant | pb.Revoke, **event: Any) -> None:
         seq = next(self._seqs)
         self._acks[seq] = acked = asyncio.get_running_loop().create_future()
         message = pb.LeaseEvent(seq=seq, job_id=grant.job_id, lease_id=grant.lease_id, **event)

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
+from lessor.cli import streams
 from lessor.cli.output import Output, bytes_text, span_text, time_text
 from lessor.cli.session import Address, Json, Session
 from lessor.errors import InvalidArgument
 from lessor.sdk.aio import AsyncClient
-from lessor.sdk.enums import word
+from lessor.sdk.enums import AgentState, word
 from lessor.sdk.fleet import Agent, Gpu, Lease
 from lessor.units import format_cpu, parse_duration
 
@@ -90,7 +91,8 @@ def drain(
     """Stop placing jobs on an agent. What runs there goes on.
 
     Exit code 124 if jobs were still running there at the timeout; it stays
-    drained. On the host itself, `lessor agent drain` does it without a name.
+    drained. 1 if somebody put it back while you waited. On the host itself,
+    `lessor agent drain` does it without a name.
 
     Example: lessor drain gpu-host-7 --wait --timeout 2h
     """
@@ -98,7 +100,10 @@ def drain(
     if timeout is not None and not wait:
         raise InvalidArgument(violations={"--timeout": "is for --wait"}, remedy="give --wait too")
     limit = None if timeout is None else parse_duration(timeout, field="--timeout")
-    _say(session, session.call(lambda client: client.drain(agent, wait=wait, timeout=limit)))
+    drained = session.call(lambda client: client.drain(agent, wait=wait, timeout=limit))
+    _say(session, drained)
+    if wait and drained.state is AgentState.DISCONNECTED:
+        streams.complain(f"warning: {drained.name} is disconnected: what it ran may still be there")
 
 
 def undrain(context: typer.Context, agent: AgentRef, address: Address = None, json: Json = False) -> None:

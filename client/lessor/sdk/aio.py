@@ -389,11 +389,15 @@ class AsyncClient:
         Args:
             agent: Whose.
             wait: Return only when no lease is live there: every job it had has
-                ended with its log complete, or stands elsewhere.
+                ended, and its whole log is stored or its attempt says where it was
+                cut; or it stands elsewhere. Of an agent whose ``state`` is
+                DISCONNECTED then, the host may still hold what it ran, frozen or
+                running: nobody there could be asked.
             timeout: Wait no longer; the agent stays drained. Default: for ever.
 
         Raises:
             AgentNotFound: No such agent.
+            FailedPrecondition: With ``wait``: somebody put it back (undrained it) meanwhile.
             WaitTimeout: Jobs were still running there; names them.
         """
         patience = None if timeout is None else parse_duration(timeout, field="timeout")

@@ -214,7 +214,7 @@ class Jobs:
             raise JobNotTerminal(encode_job_id(job_number), await self._state(job_number))
         spec = job_pb2.JobSpec.FromString(rows[0]["spec"])
         try:
-            submissions = await self._submissions.prepare_all([spec], single=True)
+            submissions = await self._submissions.prepare_all([spec], single=True, stored=True)
         except InvalidField as error:
             raise InvalidField([(f"job {encode_job_id(job_number)}: {f}", d) for f, d in error.violations]) from None
         request = Request(

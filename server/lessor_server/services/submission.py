@@ -77,7 +77,9 @@ class Submissions:
     def __init__(self) -> None:
         self._terms: dict[Hashable, Terms] = {}
 
-    async def prepare_all(self, specs: Sequence[job_pb2.JobSpec], *, single: bool) -> list[Submission]:
+    async def prepare_all(
+        self, specs: Sequence[job_pb2.JobSpec], *, single: bool, stored: bool = False
+    ) -> list[Submission]:
         """Returns what is stored of each spec. All problems of all specs are told at once.
 
         Between slices of specs other tasks run.
@@ -86,10 +88,12 @@ class Submissions:
             specs: As submitted, their fields checked against the proto's rules.
                 Defaults are filled into them: they belong to this request.
             single: The request has one spec, called ``spec`` in messages.
+            stored: They were accepted before, and are of any size: the late defaults that they carry
+                since then did not count.
 
         Raises:
             InvalidField: Fields do not go together.
-            TooLarge: A spec has more than 1 MiB.
+            TooLarge: A spec that was not stored before has more than 1 MiB.
         """
         prepared: list[Submission] = []
         violations: list[tuple[str, str]] = []
@@ -98,7 +102,7 @@ class Submissions:
                 await asyncio.sleep(0)
             for index, spec in enumerate(specs[start : start + SPECS_PER_SLICE], start):
                 try:
-                    prepared.append(self._prepare(spec))
+                    prepared.append(self._prepare(spec, stored=stored))
                 except InvalidField as error:
                     path = "spec" if single else f"specs[{index}]"
                     violations += [(f"{path}.{field}", text) for field, text in error.violations]
@@ -108,13 +112,13 @@ class Submissions:
             raise InvalidField(violations)
         return prepared
 
-    def _prepare(self, spec: job_pb2.JobSpec) -> Submission:
+    def _prepare(self, spec: job_pb2.JobSpec, *, stored: bool) -> Submission:
         terms, name, labels = self._terms_of(spec), spec.name, spec.labels
         if not name:
             name = spec.name = _base_name(spec.command.argv[0])
         spec.MergeFromString(terms.defaults)
         encoded = spec.SerializeToString(deterministic=True)
-        if len(encoded) > MAX_SPEC_BYTES:
+        if len(encoded) > MAX_SPEC_BYTES and not stored:
             raise _TooLongError(len(encoded))
         labels_json = json.dumps(dict(labels), sort_keys=True) if labels else "{}"
         # To append an encoded message is to merge it.

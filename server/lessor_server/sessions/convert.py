@@ -15,14 +15,11 @@ from lessor import timing
 from lessor.ids import decode_job_id, encode_job_id
 from lessor.lifecycle import LeasePhase, Outcome
 from lessor.v1 import agent_service_pb2 as pb
-from lessor.v1 import job_pb2
 from lessor_server.store.hello import AgentFacts, GpuFacts, Held
 from lessor_server.store.logs import Chunk, Position, ProgressRow
 from lessor_server.store.reports import Checkpoint, End, Phase, Report
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_UNBOUND = frozenset({job_pb2.ON_LEASE_LOST_FREEZE, job_pb2.ON_LEASE_LOST_CONTINUE})
-"""Policies under which a job's grace may be longer than its lease has room for."""
 _OUTCOMES = {int(outcome): outcome for outcome in Outcome}
 
 
@@ -159,16 +156,22 @@ def _durations(ttl_ms: int) -> tuple[Duration, Duration]:
 
 
 @lru_cache(maxsize=1024)
-def _fitting_grace(ttl_ms: int, grace_ms: int) -> Duration:
+def _shortened_grace(ttl_ms: int) -> Duration:
+    shortened = Duration()
+    shortened.FromTimedelta(timing.default_grace(timedelta(milliseconds=ttl_ms)))
+    return shortened
+
+
+def _fitting_grace(ttl_ms: int, asked: Duration) -> Duration:
     """Returns the grace of a job that is stopped when its lease is lost, whatever its policy asks for.
 
-    An agent older than the policies stops every job. A grace that is not bound by the
-    ttl, because the job is to be frozen or to go on, would have it stop at once.
+    An agent stops a job when it is older than the job's policy, or cannot do what
+    that asks for. A grace that is not bound by the ttl, because the job is to be
+    frozen, to go on, or to be treated in a way that only a later server knows,
+    would have it stop at once.
     """
-    ttl, grace = timedelta(milliseconds=ttl_ms), timedelta(milliseconds=grace_ms)
-    fitting = Duration()
-    fitting.FromTimedelta(grace if grace < timing.longest_grace(ttl) else timing.default_grace(ttl))
-    return fitting
+    fits = asked.ToTimedelta() < timing.longest_grace(timedelta(milliseconds=ttl_ms))
+    return asked if fits else _shortened_grace(ttl_ms)
 
 
 def add_grant(grants: pb.Grants, row: Mapping[str, Any] | asyncpg.Record) -> None:
@@ -184,10 +187,7 @@ def add_grant(grants: pb.Grants, row: Mapping[str, Any] | asyncpg.Record) -> Non
         margin=margin,
     )
     message.spec.MergeFromString(row["spec"])
-    if message.spec.lease.on_lost in _UNBOUND:
-        message.grace.CopyFrom(_fitting_grace(row["ttl_ms"], message.spec.lease.grace.ToMilliseconds()))
-    else:
-        message.grace.CopyFrom(message.spec.lease.grace)
+    message.grace.CopyFrom(_fitting_grace(row["ttl_ms"], message.spec.lease.grace))
 
 
 def grant_bytes(row: Mapping[str, Any] | asyncpg.Record) -> int:

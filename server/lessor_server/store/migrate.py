@@ -18,10 +18,13 @@ from sqlalchemy import Connection
 from lessor_server.domain.errors import DatabaseUnavailable, SchemaMismatch
 from lessor_server.store.database import outages_named, plain_url
 from lessor_server.store.partitions import ensure_partitions
-from lessor_server.store.schema_change import PATIENCE, change
+from lessor_server.store.schema_change import PATIENCE, change, open_guard
 
 MIN_POSTGRES_VERSION = 150000
 """server_version_num of the oldest PostgreSQL that is supported."""
+
+_EMPTY = "none"
+"""Stands for the schema of a database that holds none."""
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ def upgrade(database_url: str, *, patience: timedelta = PATIENCE) -> str:
 
     Args:
         database_url: The database.
-        patience: How long to try again while other sessions hold what it needs.
+        patience: How long to try again while other sessions hold what the next migration needs.
 
     Returns:
         The schema that the database holds: this code's, or a newer one that this code works on.
@@ -67,17 +70,28 @@ def upgrade(database_url: str, *, patience: timedelta = PATIENCE) -> str:
 async def _upgrade(database_url: str, patience: timedelta) -> str:
     url = plain_url(database_url)
     try:
-        guard = await asyncpg.connect(url, timeout=5)
+        guard = await open_guard(url)
     except (TimeoutError, OSError, asyncpg.PostgresError) as error:
         raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
     try:
         with outages_named():
-            if _knows(await _suitable(guard)):
-                await change(guard, url, _run_alembic, lambda: ensure_partitions(guard), patience=patience)
+            await change(
+                guard, url, _run_alembic, lambda: ensure_partitions(guard), lambda: _reached(guard), patience=patience
+            )
             return str(await current_revision(guard))
     finally:
         with suppress(TimeoutError):
             await guard.close(timeout=5)
+
+
+async def _reached(connection: asyncpg.Connection | Any) -> str | None:
+    """Returns the schema that this code's migrations are to go on from; None: it is newer, leave it alone.
+
+    Raises:
+        SchemaMismatch: PostgreSQL is too old, or servers of this code's schema are not served any more.
+    """
+    revision = await _suitable(connection)
+    return (revision or _EMPTY) if _knows(revision) else None
 
 
 def _run_alembic(connection: Connection) -> None:

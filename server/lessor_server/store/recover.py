@@ -51,8 +51,9 @@ _JOB_LEAP = 1_296_111
 # database does not know. They are as old as sessions get without being fresh.
 _BEGIN_ANEW = """
 WITH made AS (
-    INSERT INTO session (agent_id, epoch, renewed_at, heartbeat_ms, replica)
-    SELECT a.id, 1, l.clock - 2 * a.heartbeat_ms - 1, a.heartbeat_ms, '' FROM agent AS a CROSS JOIN leader AS l
+    INSERT INTO session (agent_id, epoch, renewed_at, heartbeat_ms, replica, drained)
+    SELECT a.id, 1, l.clock - 2 * a.heartbeat_ms - 1, a.heartbeat_ms, '', a.drained
+    FROM agent AS a CROSS JOIN leader AS l
     RETURNING id, agent_id
 )
 UPDATE agent AS a SET session_id = m.id FROM made AS m WHERE m.agent_id = a.id

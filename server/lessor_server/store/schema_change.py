@@ -16,7 +16,6 @@ locked, a hundred partitions locked one by one.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -37,7 +36,10 @@ STALL = timedelta(milliseconds=1500)
 (``deadlock_timeout``) after which an autovacuum gives way; shorter than the 5 s that a server gives its renewals."""
 
 PATIENCE = timedelta(minutes=1)
-"""How long a migration is tried again."""
+"""How long a migration is tried again since it first met a lock."""
+
+_GUARD_TIMEOUT_S = 10.0
+"""A statement of the watch that takes so long waits on a dead connection."""
 
 _LOOK_EVERY_S = 0.1
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0)
@@ -76,17 +78,51 @@ class _Seen:
     """What the watch saw of one attempt."""
 
     holders: list[str] = field(default_factory=list)
-    """Whom it waited for last."""
+    """Whom it waited for at the last look: not whom it has got past since."""
+    before: list[str] = field(default_factory=list)
+    """The same at the look before: the last one may have come just after the wait was over."""
     ended: bool = False
     """Others waited for it for too long, and it was cancelled."""
+    ended_at: list[str] = field(default_factory=list)
+    """Whom it waited for itself when it was cancelled."""
+
+    def look(self, holders: list[str]) -> None:
+        """Takes what one look found."""
+        self.before, self.holders = self.holders, holders
 
     def because(self, error: asyncpg.PostgresError) -> str:
         """Says in half a sentence why the attempt was given up."""
-        if self.holders:
-            return f"{', '.join(self.holders)} holds what it needs"
-        if self.ended:
+        cancelled = isinstance(error, asyncpg.QueryCanceledError) and self.ended
+        holders = self.ended_at if cancelled else self.holders or self.before
+        if holders:
+            return f"{', '.join(holders)} holds what it needs"
+        if cancelled:
             return f"it kept other sessions waiting for more than {STALL / timedelta(seconds=1)} s"
         return str(error)
+
+
+@dataclass(slots=True)
+class _Trouble:
+    """Lock trouble since the schema last moved on: that is what patience is for."""
+
+    reached: str
+    """Where the schema stood at the first of it."""
+    since_s: float
+    tries: int = 0
+    """Attempts that met it."""
+
+    def pause_s(self) -> float:
+        """Returns for how long servers are to catch up before the next attempt."""
+        return _PAUSES_S[min(self.tries, len(_PAUSES_S)) - 1]
+
+
+async def open_guard(database_url: str) -> asyncpg.Connection | Any:
+    """Opens a connection that can watch; it waits for no lock, and no dead host, for long."""
+    return await asyncpg.connect(database_url, server_settings=_SETTINGS, timeout=5, command_timeout=_GUARD_TIMEOUT_S)
+
+
+async def _unknown() -> str:
+    return ""
 
 
 async def change(
@@ -94,6 +130,7 @@ async def change(
     database_url: str,
     steps: Callable[[Connection], None],
     after: Callable[[], Awaitable[object]],
+    reached: Callable[[], Awaitable[str | None]] = _unknown,
     *,
     patience: timedelta = PATIENCE,
     pause: Callable[[float], Awaitable[object]] = asyncio.sleep,
@@ -101,43 +138,52 @@ async def change(
     """Runs ``steps``, then ``after``, again until both went through; two at once wait for each other.
 
     Args:
-        guard: A connection of the caller's own, for the watch.
+        guard: A connection of the caller's own, for the watch (:func:`open_guard`).
         database_url: Where to open the connection of ``steps``.
         steps: Runs the migrations that are missing, each in a transaction of its own. Called again
             after it was cut off, it goes on with the one that was rolled back.
         after: What is to be done when the schema has changed; may meet a lock as well.
-        patience: How long attempts begin; the last one may end :data:`STALL` later.
+        reached: Looks where the schema stands, before each attempt, when no other migration can
+            be at work any more; None: it is newer than what ``steps`` know, nothing is to be done.
+        patience: How long attempts begin since one first met a lock; anew when ``reached`` moved on
+            in between. As long again it waits for another migration, before all that.
         pause: Waits between attempts, in seconds.
 
     Raises:
         SchemaMismatch: It could not be done with that patience; what was being changed was rolled back.
     """
-    gives_up = time.monotonic() + patience / timedelta(seconds=1)
+    patience_s = patience / timedelta(seconds=1)
+    trouble: _Trouble | None = None
     engine = create_async_engine(
         sqlalchemy_url(database_url),
         poolclass=pool.NullPool,
         connect_args={"server_settings": _SETTINGS, "timeout": 5, "command_timeout": None},
     )
     try:
-        async with _alone(guard, gives_up, pause):
-            for attempt in itertools.count():
+        async with _alone(guard, time.monotonic() + patience_s, pause):
+            # Looked at here: whoever we waited for may have brought a schema that we do not know.
+            while (stands := await reached()) is not None:
                 seen = _Seen()
                 try:
                     await _attempt(engine, guard, steps, seen)
+                    seen = _Seen()
                     await after()
                     return
                 except (DBAPIError, asyncpg.PostgresError) as error:
                     cause = _lock_trouble(error, seen)
                     if cause is None:
                         raise
-                    wait_s = _PAUSES_S[min(attempt, len(_PAUSES_S) - 1)]
-                    if time.monotonic() + wait_s > gives_up:
+                    now_s, stands = time.monotonic(), await reached() or stands
+                    if trouble is None or trouble.reached != stands:
+                        trouble = _Trouble(stands, now_s)
+                    trouble.tries += 1
+                    if now_s + trouble.pause_s() > trouble.since_s + patience_s:
                         raise SchemaMismatch(
-                            f"the schema could not be changed for {patience / timedelta(seconds=1):.0f} s: "
-                            f"{seen.because(cause)} ({cause}); what was begun is undone and servers go on: end that "
-                            "session or wait for it, then run `lessor server migrate` again"
+                            f"the schema could not be changed for {patience_s:.0f} s: {seen.because(cause)} ({cause}); "
+                            "what was begun is undone and servers go on: end that session or wait for it, then run "
+                            "`lessor server migrate` again"
                         ) from error
-                await pause(wait_s)
+                await pause(trouble.pause_s())
     finally:
         await engine.dispose()
 
@@ -188,9 +234,9 @@ async def _watch(guard: asyncpg.Connection | Any, backend: int, seen: _Seen, ove
     while not over.is_set():
         try:
             (look,) = await guard.fetch(_LOOK, backend)
-            seen.holders = look["holders"] or seen.holders
+            seen.look(look["holders"])
             if (look["kept_waiting_s"] or 0) >= STALL / timedelta(seconds=1):
-                seen.ended = True
+                seen.ended, seen.ended_at = True, seen.holders
                 await guard.execute("SELECT pg_cancel_backend($1)", backend)
         except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
             # The connection is gone, and with it the lock that keeps other migrations out. What the database

@@ -289,6 +289,29 @@ def test_drain_waits_when_asked_to(cli: Cli, server: FakeServer) -> None:
     assert (ran.code, ran.err) == (2, "error: --timeout: is for --wait (give --wait too)\n")
 
 
+def test_drain_says_when_nobody_knows_what_is_left_there(cli: Cli, server: FakeServer) -> None:
+    server.add_agent("alpha")
+    server.drained_state = fleet_service_pb2.AGENT_STATE_DISCONNECTED
+    ran = cli("drain", "--wait", "alpha")
+    assert (ran.code, ran.out) == (0, "alpha\tdisconnected\t0\n")
+    assert ran.err == "warning: alpha is disconnected: what it ran may still be there\n"
+    assert cli("drain", "alpha").err == "", "nothing was said of what is left"
+
+
+def test_drain_that_somebody_takes_back(cli: Cli, server: FakeServer) -> None:
+    alpha = server.add_agent("alpha")
+    alpha.lease_count = 1
+
+    def put_back() -> None:
+        server.until(lambda: alpha.drained)
+        alpha.drained = False
+
+    server.script(put_back)
+    ran = cli("drain", "--wait", "alpha")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err == "error: alpha was put back (undrained) meanwhile (drain it again)\n"
+
+
 def test_queues(cli: Cli, server: FakeServer) -> None:
     assert cli("queues", "create", "night", "--max-gpus", "4", "--paused").out == "night\tpaused\t0\t0\t-\t0\t4\n"
     assert cli("queues", "resume", "night").out.split("\t")[1] == "active"

@@ -367,6 +367,24 @@ def test_a_drain_waits_until_nothing_is_live(
     assert client.drain("alpha", wait=True, timeout=0).drained, "nothing was live at the first look"
 
 
+def test_a_drain_that_somebody_takes_back_is_not_waited_for(
+    client: lessor.Client, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lessor.sdk.draining._LOOK_EVERY_S", 0.001)
+    alpha = server.add_agent("alpha")
+    for left in (1, 0):
+        alpha.lease_count = 1
+
+        def put_back(left: int = left) -> None:
+            looks = server.count("GetAgent")
+            server.until(lambda: server.count("GetAgent") > looks)
+            alpha.drained, alpha.lease_count = False, left
+
+        server.script(put_back)
+        with pytest.raises(lessor.FailedPrecondition, match=r"^alpha was put back \(undrained\) meanwhile"):
+            client.drain("alpha", wait=True, timeout=60)
+
+
 def test_queues(client: lessor.Client) -> None:
     assert client.create_queue("night", max_gpus=4).max_gpus == 4
     with pytest.raises(lessor.QueueExists):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import asyncpg
 import pytest
+from asyncpg.prepared_stmt import PreparedStatement
 
 from lessor_server.store import tables
+from lessor_server.store.database import SESSION_SETTINGS
 from lessor_server.store.partitions import ensure_partitions
 from lessor_server.store.statements import all_names, statement
 
@@ -49,17 +52,39 @@ async def test_a_column_may_have_any_name_that_is_used_elsewhere(database_url: s
         await connection.close()
 
 
+async def outcome(connection: asyncpg.Connection, prepared: PreparedStatement[Any]) -> str:
+    """Executes a statement that was prepared, with nothing in it, and undoes it; says how it ended.
+
+    Before it runs, PostgreSQL looks whether its plan still holds.
+    """
+    nothing: list[list[object] | None] = [
+        [] if parameter.kind == "array" else None for parameter in prepared.get_parameters()
+    ]
+    transaction = connection.transaction()
+    await transaction.start()
+    try:
+        await prepared.fetch(*nothing)
+        return "rows"
+    except asyncpg.IntegrityConstraintViolationError as error:
+        return type(error).__name__
+    finally:
+        await transaction.rollback()
+
+
 async def test_a_prepared_statement_goes_on_when_columns_are_added(database_url: str) -> None:
-    """None returns whatever a table happens to have: its plan would be refused in a transaction."""
-    connection = await asyncpg.connect(database_url)
+    """None returns whatever a table happens to have: its plan would be refused."""
+    connection = await asyncpg.connect(database_url, server_settings=SESSION_SETTINGS)
     try:
         prepared = {query: await connection.prepare(statement(query).text) for query in all_names()}
-        before = {query: [str(a) for a in one.get_attributes()] for query, one in prepared.items()}
+        columns = {query: [str(a) for a in one.get_attributes()] for query, one in prepared.items()}
+        outcomes = {query: await outcome(connection, one) for query, one in prepared.items()}
+        assert {"rows", "NotNullViolationError"} <= set(outcomes.values())
         for table in tables.metadata.tables:
             await connection.execute(f"ALTER TABLE {table} ADD COLUMN next_text text NOT NULL DEFAULT 'as before'")
-        for query in all_names():
+        for query, one in prepared.items():
+            assert await outcome(connection, one) == outcomes[query], query
             again = await connection.prepare(statement(query).text + " ")
-            assert [str(a) for a in again.get_attributes()] == before[query], query
+            assert [str(a) for a in again.get_attributes()] == columns[query], query
     finally:
         await connection.close()
 

@@ -131,6 +131,17 @@ async def test_an_agent_that_never_comes_back_loses_its_leases_and_gets_no_offer
     assert [row["lease_id"] for row in await store.expire()] == [lease.lease_id]
 
 
+async def test_an_agent_that_is_drained_stays_so_in_the_session_it_is_given(store: Store) -> None:
+    for name in ("agent-one", "agent-two"):
+        await store.hello(name)
+    await store.database.pool.execute("UPDATE agent SET drained = true WHERE id = 'agent-one'")
+    await recover(store.database.url, pause=no_pause)
+    rows = await store.database.pool.fetch(
+        "SELECT a.id, s.drained FROM agent AS a JOIN session AS s ON s.id = a.session_id ORDER BY 1"
+    )
+    assert [tuple(row) for row in rows] == [("agent-one", True), ("agent-two", False)]
+
+
 async def test_a_second_loss_forgets_the_first_recovery_and_is_above_it_all_the_same(store: Store) -> None:
     numbers = await snapshot(store)
     noon = datetime.now(UTC)

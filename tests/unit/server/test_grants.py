@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,8 @@ from lessor.v1 import job_pb2
 from lessor_server.sessions.convert import add_grant
 
 TTL = timedelta(seconds=60)
+OF_A_LATER_SERVER: Any = 9
+"""A policy; agents stop what they do not know."""
 
 
 def granted(on_lost: job_pb2.OnLeaseLost.ValueType, grace: timedelta) -> pb.Grant:
@@ -28,7 +31,7 @@ def granted(on_lost: job_pb2.OnLeaseLost.ValueType, grace: timedelta) -> pb.Gran
     return grant
 
 
-@pytest.mark.parametrize("on_lost", [job_pb2.ON_LEASE_LOST_FREEZE, job_pb2.ON_LEASE_LOST_CONTINUE])
+@pytest.mark.parametrize("on_lost", [*job_pb2.OnLeaseLost.values(), OF_A_LATER_SERVER])
 def test_a_grace_that_the_ttl_has_no_room_for_is_shortened_for_who_stops_every_job(
     on_lost: job_pb2.OnLeaseLost.ValueType,
 ) -> None:

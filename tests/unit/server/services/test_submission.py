@@ -179,6 +179,28 @@ async def test_a_spec_that_is_too_large_is_named_with_its_size() -> None:
         await Submissions().prepare_all([spec(MINIMAL), large], single=False)
 
 
+async def test_the_largest_spec_can_be_submitted_again_as_it_is_stored() -> None:
+    """With the late defaults in it, it is larger than what may be submitted."""
+
+    def padded(size: int) -> job_pb2.JobSpec:
+        large = spec(MINIMAL)
+        large.command.argv.append("x" * size)
+        return large
+
+    room = MAX_SPEC_BYTES - 1000
+    (smaller,) = await Submissions().prepare_all([padded(room)], single=True)
+    size = room + MAX_SPEC_BYTES - len(smaller.said)
+    (largest,) = await Submissions().prepare_all([padded(size)], single=True)
+    assert len(largest.said) == MAX_SPEC_BYTES
+    with pytest.raises(TooLarge):
+        await Submissions().prepare_all([padded(size + 1)], single=True)
+    stored = largest.spec
+    for _ in range(2):
+        (again,) = await Submissions().prepare_all([job_pb2.JobSpec.FromString(stored)], single=True, stored=True)
+        stored = again.spec
+    assert job_pb2.JobSpec.FromString(stored) == job_pb2.JobSpec.FromString(largest.spec)
+
+
 async def test_more_terms_than_are_remembered() -> None:
     submissions = Submissions()
     texts = [f"{MINIMAL} resources {{ memory_bytes: {number} }}" for number in range(5000)]
