@@ -91,8 +91,8 @@ def _guard(spec: KeeperSpec, zygote: socket.socket, wakes: Wakes, *, first: bool
         keeper = _prepare(spec, wakes)
     except LockTaken as error:
         _report(zygote, {"error": str(error), "taken": True})
-    except FileNotFoundError as error:
-        # Somebody else is removing the directory; whoever asked looks again.
+    except (FileNotFoundError, FileExistsError) as error:
+        # Somebody else is removing the directory, or has left some of it; whoever asked looks again.
         _report(zygote, {"error": f"{spec.directory}: {error.strerror}", "taken": True})
     except ChildRefused as error:
         _report(zygote, {"error": str(error)})

@@ -20,7 +20,7 @@ import signal
 import time
 
 from lessor_agent.keeper.groups import Group, make_group, thaw_all
-from lessor_agent.keeper.tree import Process, offspring, send
+from lessor_agent.keeper.tree import RUNNABLE, STOPPED, Process, offspring, send
 
 _MAX_PASSES = 64
 """Passes in a row; a tree that still grows then is looked at again at once."""
@@ -28,8 +28,6 @@ _CLEAN_PASSES = 2
 """Passes in a row that find nothing: one may miss a process whose sibling ends just then."""
 GATHER_BUDGET_S = 1.0
 """Longest that a tree is moved into its group; what is left is stopped."""
-_STOPPED = "T"
-_RUNNABLE = frozenset("RS")
 
 
 class Freezer:
@@ -91,15 +89,16 @@ class Freezer:
         """Has the tree go on.
 
         Raises:
-            OSError: The kernel refuses; it stands still.
+            OSError: The kernel refuses; some of it may stand still. To be called again, or :meth:`freeze`.
         """
         if self._group is not None:
             self._group.thaw()
         if self._failed is not None:
             thaw_all([self._failed])
-        stopped, self._stopped = self._stopped, {}
-        for process in stopped.values():
+        for process in list(self._stopped.values()):
+            # Forgotten only once it was told: called again after a failure, this goes on where it was.
             send(process, signal.SIGCONT)
+            del self._stopped[process.pid, process.start_ticks]
         self.frozen = False
 
     def close(self) -> None:
@@ -112,7 +111,7 @@ class Freezer:
         self._group = self._failed = None
 
     def _outside(self) -> list[Process]:
-        return [process for process in self._tree() if self._group is None or not self._group.holds(process.pid)]
+        return [process for process in self._tree() if self._group is None or not self._group.holds(process.thread)]
 
     def _tree(self) -> list[Process]:
         return [process for process in offspring(os.getpid()) if process.alive]
@@ -122,8 +121,8 @@ class Freezer:
         clean = 0
         for _ in range(_MAX_PASSES):
             outside = self._outside()
-            fresh = [p for p in outside if (p.pid, p.start_ticks) not in self._stopped and p.state != _STOPPED]
-            woken = [p for p in outside if (p.pid, p.start_ticks) in self._stopped and p.state in _RUNNABLE]
+            fresh = [p for p in outside if (p.pid, p.start_ticks) not in self._stopped and p.state != STOPPED]
+            woken = [p for p in outside if (p.pid, p.start_ticks) in self._stopped and p.state in RUNNABLE]
             for process in fresh:
                 # Before the signal: else a failure in between could leave one that nobody lets go on.
                 self._stopped[process.pid, process.start_ticks] = process

@@ -52,12 +52,12 @@ class Group(NamedTuple):
     """As ``/proc/PID/cgroup`` shows it."""
 
     def add(self, pid: int) -> None:
-        """Moves a process here, all its threads, and what it will fork."""
+        """Moves a process here, all its living threads, and what it will fork."""
         _write(f"{self.directory}/cgroup.procs", b"%d" % pid)
 
-    def holds(self, pid: int) -> bool:
-        """Whether a process is here or in a group below; one that is gone is nowhere."""
-        path = _paths(pid).get(self.version, "")
+    def holds(self, thread: int) -> bool:
+        """Whether a thread is here or in a group below; one that is gone is nowhere."""
+        path = _paths(thread).get(self.version, "")
         return path == self.path or path.startswith(self.path + "/")
 
     def freeze(self) -> None:
@@ -77,8 +77,8 @@ class Group(NamedTuple):
             return kind.proof in file.read()
 
     def remove(self) -> None:
-        """Removes it, if nothing lives in it."""
-        os.rmdir(self.directory)
+        """Removes it, and the groups that were made below it, if nothing lives in them."""
+        _remove_tree(self.directory)
 
 
 def make_group(lease_id: int, versions: Iterable[int] = tuple(_KINDS)) -> Group | None:
@@ -99,19 +99,22 @@ def make_group(lease_id: int, versions: Iterable[int] = tuple(_KINDS)) -> Group 
     return None
 
 
-def groups_of(pids: Iterable[int]) -> list[Group]:
-    """Returns the groups made here by :func:`make_group` that hold one of these processes."""
+def groups_of(threads: Iterable[int]) -> list[Group]:
+    """Returns the groups made by :func:`make_group`, of whatever process, that hold one of these threads.
+
+    They are known by their name: whoever made them may have been elsewhere, as an
+    agent is that was restarted as another service.
+    """
     found: dict[tuple[int, str], Group] = {}
-    own: list[tuple[int, str, str]] | None = None
-    for pid in pids:
-        for version, path in _paths(pid).items():
+    mounts: dict[int, list[tuple[str, str]]] | None = None
+    for thread in threads:
+        for version, path in _paths(thread).items():
             if (match := _INSIDE.fullmatch(path)) is None:
                 continue
-            parent, name = match["parent"], match["name"]
-            own = list(places(_KINDS)) if own is None else own
-            for own_version, directory, own_path in own:
-                if (own_version, own_path.rstrip("/")) == (version, parent):
-                    found[version, name] = Group(version, f"{directory}/{name}", f"{parent}/{name}")
+            path = f"{match['parent']}/{match['name']}"
+            mounts = _mounts() if mounts is None else mounts
+            if (directory := _directory(mounts, version, path)) is not None:
+                found[version, path] = Group(version, directory, path)
     return list(found.values())
 
 
@@ -129,7 +132,12 @@ def remove_abandoned() -> None:
         for name in _names(directory):
             if (match := _NAME.fullmatch(name)) and not os.path.exists(f"/proc/{match['keeper']}"):
                 with contextlib.suppress(OSError):
-                    os.rmdir(f"{directory}/{name}")
+                    _remove_tree(f"{directory}/{name}")
+
+
+def _remove_tree(directory: str) -> None:
+    for path, _, _ in os.walk(directory, topdown=False):
+        os.rmdir(path)
 
 
 def _names(directory: str) -> list[str]:
@@ -144,11 +152,16 @@ def places(versions: Iterable[int]) -> Iterator[tuple[int, str, str]]:
     own = _paths(os.getpid())
     mounts = _mounts()
     for version in versions:
-        path = own.get(version)
-        for root, mount_point in mounts.get(version, ()):
-            if path is not None and (path == root or path.startswith(root.rstrip("/") + "/")):
-                yield version, (mount_point + path[len(root.rstrip("/")) :]).rstrip("/"), path
-                break
+        if (path := own.get(version)) is not None and (directory := _directory(mounts, version, path)) is not None:
+            yield version, directory, path
+
+
+def _directory(mounts: dict[int, list[tuple[str, str]]], version: int, path: str) -> str | None:
+    """Returns where a group is found in the file system; None: it is not mounted."""
+    for root, mount_point in mounts.get(version, ()):
+        if path == root or path.startswith(root.rstrip("/") + "/"):
+            return (mount_point + path[len(root.rstrip("/")) :]).rstrip("/")
+    return None
 
 
 def _mounts() -> dict[int, list[tuple[str, str]]]:
@@ -173,11 +186,11 @@ def _unescaped(path: str) -> str:
     return _ESCAPED.sub(lambda match: chr(int(match[1], 8)), path)
 
 
-def _paths(pid: int) -> dict[int, str]:
-    """Returns version → path of the group that a process is in; nothing of one that is gone."""
+def _paths(thread: int) -> dict[int, str]:
+    """Returns version → path of the group that a thread is in; nothing of one that is gone."""
     found: dict[int, str] = {}
     try:
-        with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+        with open(f"/proc/{thread}/cgroup", encoding="utf-8", errors="surrogateescape") as file:
             lines = file.read().splitlines()
     except OSError:
         return found

@@ -31,7 +31,7 @@ from lessor_agent.keeper.record import DeadlineRecord
 from lessor_agent.keeper.spawned_child import SpawnedChild
 from lessor_agent.keeper.spec import KeeperSpec
 from lessor_agent.keeper.tree import Process, all_processes, below, freeze_and_kill, terminate
-from lessor_agent.keeper.verdict import KEEPER_DIED, LEFTOVER_GRACE_NS, STOP, Step, judge
+from lessor_agent.keeper.verdict import KEEPER_DIED, LEASE_LOST, LEFTOVER_GRACE_NS, STOP, Step, judge
 from lessor_agent.keeper.wakes import Wakes
 
 _MAX_POLL_MS = 500
@@ -178,12 +178,18 @@ class Keeper:
 
     def _freeze(self) -> int:
         """Has the tree stand still, or sees to it that it does; returns when to look again, in milliseconds."""
+        if self._starting:
+            self._child.revoke()
+            if self._child.outcome() is REVOKED:
+                # There is nothing that could stand still, and it may not begin without the lease.
+                self._begin_stop(LEASE_LOST, boottime_ns())
+                return 0
         begins = not self._freezer.frozen
         still = self._freezer.freeze()
         if begins:
             self._freeze_poll_ms = _FREEZE_POLL_MS[0]
             self._tell_all()
-        if still:
+        if still and not self._starting:
             return _MAX_POLL_MS
         poll_ms, self._freeze_poll_ms = self._freeze_poll_ms, min(self._freeze_poll_ms * 2, _FREEZE_POLL_MS[1])
         return poll_ms
@@ -272,6 +278,9 @@ class Keeper:
 
     def _start_failed(self, failure: Failure) -> None:
         self._start_error = describe_failure(failure, self._spec)
+        if failure is REVOKED and self._cause is None:
+            # By :meth:`_freeze`, amid an attempt to start it that then failed.
+            self._cause = LEASE_LOST
         if failure.of_host and self._cause is None:
             # No fault of the job: another host, or another time, may have what it takes.
             self._log(self._start_error)

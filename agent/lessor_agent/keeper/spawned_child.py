@@ -81,6 +81,7 @@ class SpawnedChild(Child):
         self._outcome: Failure | bool = False
         self._permit = [True]
         """Whoever takes it out decides: the thread that starts the process, or the keeper that it never will."""
+        self._revoked = False
         self._fds = list(make_files(spec, directory))
         # Open, so that it is found even if the lease's directory is deleted before it begins.
         self._fds.append(directory.open_file("work", os.O_PATH | os.O_DIRECTORY))
@@ -104,6 +105,8 @@ class SpawnedChild(Child):
 
     def revoke(self) -> None:
         """Has it never start if it has not yet; see :meth:`Child.revoke`."""
+        # Before it is tried to take the permit: of an attempt to start it that is under way there is no other after.
+        self._revoked = True
         with contextlib.suppress(IndexError):
             self._permit.pop()
             self._outcome = REVOKED
@@ -132,6 +135,8 @@ class SpawnedChild(Child):
         refusal = errno.ENOENT
         try:
             for path in _candidates(spec):
+                if self._revoked:
+                    return REVOKED
                 try:
                     permit = self._permit.pop()
                 except IndexError:

@@ -21,6 +21,13 @@ _MAX_PASSES = 64
 """Passes before killing what was found so far; a tree still growing then is killed in rounds."""
 
 _DEAD_STATES = frozenset("ZXx")
+STOPPED = "T"
+_RUNS = "R"
+RUNNABLE = frozenset("RS")
+_THREADS_FIELD = 17
+"""Number of ``num_threads`` among the fields after the name in /proc/<pid>/stat, counted from 0."""
+_LOOKS = 4
+"""How often a living thread is looked for in a process whose first one has exited."""
 
 _out_of_reach: set[tuple[int, int]] = set()
 """(pid, start_ticks) of processes that were reported as not to be signalled, so that each is reported once."""
@@ -35,24 +42,56 @@ class Process(NamedTuple):
     start_ticks: int
     """When it started, in clock ticks since boot: with the pid it names a process for good."""
     state: str
+    """Of :attr:`thread`."""
+    thread: int
+    """A thread that lives: the first one, whose number is the pid, or another if that has exited by itself. The first
+    one shows no files, no environment and no group any more then, though the process goes on."""
 
     @property
     def alive(self) -> bool:
-        """False once only its exit status is left."""
+        """False once only its exit status is left: every thread has exited."""
         return self.state not in _DEAD_STATES
 
 
 def read_process(pid: int) -> Process | None:
     """Returns process ``pid``, or None if there is none that this user may see."""
+    found = None
+    for _ in range(_LOOKS):
+        fields = _read_stat(f"/proc/{pid}/stat")
+        if fields is None:
+            return None
+        found = Process(pid, int(fields[1]), int(fields[3]), int(fields[19]), fields[0].decode(), pid)
+        if found.alive or int(fields[_THREADS_FIELD]) <= 1:
+            return found
+        if other := _living_thread(pid):
+            return found._replace(thread=other[0], state=other[1])
+    # Its threads come and go faster than they can be looked at.
+    return found._replace(state=_RUNS) if found is not None else None
+
+
+def _living_thread(pid: int) -> tuple[int, str] | None:
+    """Returns a thread that has not exited, and its state: one that runs, if any does, and a stopped one last."""
+    found: list[tuple[int, str]] = []
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
+        names = os.listdir(f"/proc/{pid}/task")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
+    for name in names:
+        fields = _read_stat(f"/proc/{pid}/task/{name}/stat")
+        if fields is not None and (state := fields[0].decode()) not in _DEAD_STATES:
+            found.append((int(name), state))
+    return min(found, key=lambda each: (each[1] == STOPPED, each[1] not in RUNNABLE), default=None)
+
+
+def _read_stat(path: str) -> list[bytes] | None:
+    """Returns the fields after the name, or None if there is no such process or thread."""
+    try:
+        with open(path, "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         # Where /proc is mounted with hidepid, those of other users cannot be read, and are none of ours.
         return None
-    if len(fields) < 20:
-        return None
-    return Process(pid, int(fields[1]), int(fields[3]), int(fields[19]), fields[0].decode())
+    return fields if len(fields) >= 20 else None
 
 
 def all_processes() -> dict[int, Process]:
@@ -152,7 +191,9 @@ def freeze_and_kill(find: Callable[[], list[Process]]) -> int:
 
     Passes of SIGSTOP come first, until one finds nothing new: a process with a
     signal pending cannot complete a fork, so a tree that stands still can be
-    killed whole. It does not wait for the dead to be reaped.
+    killed whole. Children die before their parents: a death that leaves a process
+    group without a parent to look after it has the kernel send SIGHUP and SIGCONT
+    to those of it that are stopped. It does not wait for the dead to be reaped.
 
     Returns:
         How many processes were killed.
@@ -166,10 +207,19 @@ def freeze_and_kill(find: Callable[[], list[Process]]) -> int:
             frozen[process.pid, process.start_ticks] = process
             send(process, signal.SIGSTOP)
     # They may be in a group that a keeper has frozen, and could not die there.
-    groups = groups_of(process.pid for process in frozen.values())
-    killed = sum(send(process, signal.SIGKILL) for process in frozen.values())
+    groups = groups_of(process.thread for process in frozen.values())
+    killed = sum(send(process, signal.SIGKILL) for process in _children_first(frozen.values()))
     thaw_all(groups)
     return killed
+
+
+def _children_first(processes: Iterable[Process]) -> list[Process]:
+    """Returns all of them, each before the one that was its parent when it was read."""
+    table = {process.pid: process for process in processes}
+    ordered = below(table, {process.parent for process in table.values()} - table.keys())
+    placed = set(ordered)
+    # What a pid that was given anew meanwhile leaves out, or puts into a circle.
+    return [process for process in processes if process not in placed] + ordered[::-1]
 
 
 def end_lease_processes(lease_directory: str, session: int | None, *, patience_s: float) -> bool:
@@ -208,25 +258,25 @@ def _is_of(process: Process, lease_directory: str, session: int | None) -> bool:
         return True
     mark = b"LESSOR_EVENTS=" + os.fsencode(lease_directory) + b"/events"
     try:
-        with open(f"/proc/{process.pid}/environ", "rb") as file:
+        with open(f"/proc/{process.thread}/environ", "rb") as file:
             if mark in file.read().split(b"\0"):
                 return True
-        return _writes_into(process.pid, lease_directory)
+        return _writes_into(process.thread, lease_directory)
     except OSError:
         # Gone meanwhile, or of a user whose processes this agent cannot have started.
         return False
 
 
-def _writes_into(pid: int, lease_directory: str) -> bool:
+def _writes_into(thread: int, lease_directory: str) -> bool:
     # Only writers: an operator's `tail -f` on the same files is none of ours.
     outputs = {
         f"{lease_directory}/{name}{gone}" for name in ("stdout", "stderr", "events") for gone in ("", " (deleted)")
     }
-    for fd in os.listdir(f"/proc/{pid}/fd"):
+    for fd in os.listdir(f"/proc/{thread}/fd"):
         try:
-            if os.readlink(f"/proc/{pid}/fd/{fd}") not in outputs:
+            if os.readlink(f"/proc/{thread}/fd/{fd}") not in outputs:
                 continue
-            with open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii") as file:
+            with open(f"/proc/{thread}/fdinfo/{fd}", encoding="ascii") as file:
                 flags = next(int(line.split()[1], 8) for line in file if line.startswith("flags:"))
         except FileNotFoundError:
             continue

@@ -53,7 +53,10 @@ def test_a_member_stands_still_and_dies_once_it_is_thawed(group: Group, sleeper:
         pass
     assert groups_of([sleeper.pid, os.getpid()]) == [group]
     sleeper.kill()
-    thaw_all(groups_of([sleeper.pid]) or [group])
+    if group.version == 1:
+        # It is not dead before it is thawed, and until then is found: whoever kills may look afterwards, too.
+        assert groups_of([sleeper.pid]) == [group]
+        thaw_all([group])
     wait_gone(sleeper.pid)
 
 
@@ -82,13 +85,50 @@ def test_what_a_killed_keeper_left_is_removed_and_a_living_ones_is_not(group: Gr
     parent = os.path.dirname(group.directory)
     left = f"{parent}/lessor-8-{gone.pid}"
     foreign = f"{parent}/lessor-of-others"
-    os.mkdir(left)
+    os.makedirs(f"{left}/own/inner")
     os.mkdir(foreign)
     try:
         remove_abandoned()
         assert [os.path.isdir(path) for path in (left, foreign, group.directory)] == [False, True, True]
     finally:
         os.rmdir(foreign)
+
+
+@pytest.mark.parametrize("version", [2, 1])
+def test_a_group_that_was_made_elsewhere_is_found(version: int, sleeper: subprocess.Popen[bytes]) -> None:
+    place = next(iter(places((version,))), None)
+    if place is None or make_group(7, (version,)) is None:
+        pytest.skip(f"no control group of version {version} can be made here")
+    _, directory, path = place
+    os.rmdir(f"{directory}/lessor-7-{os.getpid()}")
+    elsewhere = f"/other-{os.getpid()}"
+    name = f"{elsewhere}/lessor-8-{os.getpid()}"
+    group = Group(version, directory + name, path.rstrip("/") + name)
+    os.makedirs(group.directory)
+    try:
+        group.add(sleeper.pid)
+        assert groups_of([sleeper.pid]) == [group]
+        sleeper.kill()
+        sleeper.wait()
+    finally:
+        group.remove()
+        os.rmdir(directory + elsewhere)
+
+
+def test_what_a_member_has_made_below_goes_with_its_group_unless_something_lives_there(
+    group: Group, sleeper: subprocess.Popen[bytes]
+) -> None:
+    os.makedirs(f"{group.directory}/own/inner")
+    os.makedirs(f"{group.directory}/held")
+    below = Group(group.version, f"{group.directory}/held", f"{group.path}/held")
+    below.add(sleeper.pid)
+    with pytest.raises(OSError, match="busy"):
+        group.remove()
+    assert below.holds(sleeper.pid)
+    sleeper.kill()
+    sleeper.wait()
+    group.remove()
+    assert not os.path.exists(group.directory)
 
 
 def test_a_process_that_is_gone_is_in_no_group(group: Group) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -12,53 +11,36 @@ from pathlib import Path
 
 import pytest
 
-from lessor_agent.boottime import NS_PER_MS, boottime_ns
+from lessor_agent.boottime import boottime_ns
 from lessor_agent.keeper.groups import make_group
-from lessor_agent.keeper.tree import read_process
-from lessor_agent.runtimes.base import Execution, OnLost, StartRequest, StopCause
+from lessor_agent.keeper.tree import STOPPED, offspring
+from lessor_agent.runtimes.base import Execution, OnLost, StopCause
 from lessor_agent.runtimes.process import ProcessRuntime
 from tests.support.cluster import until
-from tests.support.process_runtime import Break, Fifo, keeper_of, lives, open_runtime, python, shell
-
-TTL_MS = 1500
-LATER_NS = 300 * NS_PER_MS
-
-# `tick(path)` appends the time to a file for ever, so that it tells when it ran; `fork_off` starts such a process in a
-# session of its own whose parent is gone.
-_TICKING = """
-import os, signal, sys, time
-def now():
-    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-def tick(path, computes=False):
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    while True:
-        os.write(fd, b"%d\\n" % now())
-        next_ns = now() + 2_000_000
-        while computes and now() < next_ns:
-            pass
-        time.sleep(0 if computes else 0.002)
-def fork_off(path):
-    if os.fork() == 0:
-        os.setsid()
-        if os.fork() == 0:
-            tick(path)
-        os._exit(0)
-    os.wait()
-directory = sys.argv[1]
-"""
-
-# The main process, a child, a grandchild of another session, and one that computes without a pause.
-FAMILY = f"""{_TICKING}
-fork_off(directory + "/grandchild")
-if os.fork() == 0:
-    tick(directory + "/child")
-if os.fork() == 0:
-    tick(directory + "/busy", computes=True)
-tick(directory + "/main")
-"""
+from tests.support.freezing import (
+    FAMILY,
+    LATER_NS,
+    LISTENING,
+    LONG_NS,
+    TICKING,
+    WAYS,
+    Freeze,
+    Lose,
+    assert_still,
+    begun,
+    expire,
+    main_process,
+    of,
+    passed,
+    state_of,
+    ticked,
+    times,
+    words_of,
+)
+from tests.support.process_runtime import Break, Fifo, keeper_of, lives, open_runtime, shell
 
 # Each process ticks once, forks the next, and ends.
-FORKING = f"""{_TICKING}
+FORKING = f"""{TICKING}
 fd = os.open(directory + "/main", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 for _ in range(3):
     if os.fork() == 0:
@@ -70,23 +52,12 @@ for _ in range(3):
 signal.pause()
 """
 
-# Deaf to no signal: tells on what it hears.
-LISTENING = f"""{_TICKING}
-def heard(*_):
-    open(directory + "/heard", "w").close()
-    os._exit(0)
-signal.signal(signal.SIGTERM, heard)
-tick(directory + "/main")
+# Its first thread has exited; another ticks.
+HEADLESS = f"""{TICKING}
+import ctypes, threading
+threading.Thread(target=tick, args=[directory + "/main"]).start()
+ctypes.CDLL(None).pthread_exit(None)
 """
-
-WAYS = {
-    "v2": "freezer.make_group = lambda lease_id: groups.make_group(lease_id, (2,))",
-    "v1": "freezer.make_group = lambda lease_id: groups.make_group(lease_id, (1,))",
-    "signals": "freezer.make_group = lambda lease_id: None",
-    "unmovable": "groups.Group.add = lambda *_: (_ for _ in ()).throw(PermissionError())",
-    "unfreezable": "groups.Group.freeze = lambda *_: (_ for _ in ()).throw(PermissionError())",
-}
-"""How a keeper is made to freeze in one way only: a kind of control group, or stopping; the last two fail half-way."""
 
 
 def can_make_group(version: int) -> bool:
@@ -107,126 +78,78 @@ async def freezing(request: pytest.FixtureRequest, tmp_path: Path, breaks: Break
         yield opened
 
 
-@pytest.fixture
-def ticks(tmp_path: Path) -> Path:
-    """Where jobs write when they ran."""
-    path = tmp_path / "ticks"
-    path.mkdir()
-    return path
-
-
-def of(script: str, ticks: Path, lease_id: int = 1, *, deadline_ms: int = TTL_MS, **changes: object) -> StartRequest:
-    changes.setdefault("on_lost", OnLost.FREEZE)
-    return python(lease_id, script, str(ticks), deadline_ms=deadline_ms, **changes)
-
-
-def times(path: Path) -> list[int]:
-    """Returns when the processes that write into ``path`` ran, ascending."""
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return sorted(int(line) for line in lines)
-
-
-def assert_still(ticks: Path, from_ns: int, to_ns: int | None = None) -> None:
-    """Nothing ran in between."""
-    for path in ticks.iterdir():
-        ran = [at - from_ns for at in times(path) if at > from_ns and (to_ns is None or at < to_ns)]
-        assert not ran, f"{path.name} ran {ran[0] / 1e6} … {ran[-1] / 1e6} ms after its deadline"
-
-
-async def passed(at_ns: int) -> None:
-    """Returns once it is later than ``at_ns``."""
-    await until(lambda: boottime_ns() > at_ns)
-
-
-async def ticked(path: Path, since_ns: int = 0) -> None:
-    """Returns once something that writes into ``path`` has run after ``since_ns``."""
-    await until(lambda: any(at > since_ns for at in times(path)[-1:]))
-
-
-async def begun(runtime: ProcessRuntime, request: StartRequest, ticks: Path, *names: str) -> Execution:
-    execution = await runtime.prepare(request)
-    assert await execution.begin()
-    for name in names or ("main",):
-        await ticked(ticks / name)
-    return execution
-
-
-def told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [getattr(record, "event", "") for record in caplog.records if hasattr(record, "lease_id")]
-
-
 async def test_a_tree_stands_still_by_its_deadline_and_goes_on_when_renewed(
-    freezing: ProcessRuntime, ticks: Path, caplog: pytest.LogCaptureFixture
+    freezing: ProcessRuntime, ticks: Path, lose: Lose, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "lessor_agent")
-    request = of(FAMILY, ticks)
     family = ("main", "child", "grandchild", "busy")
-    execution = await begun(freezing, request, ticks, *family)
-    deadline_ns = request.deadline_ns
+    execution = await begun(freezing, of(FAMILY, ticks), ticks, *family)
     for _ in range(2):
-        await passed(deadline_ns + LATER_NS)
+        freeze = await lose(execution)
+        await passed(freeze.since_ns + LATER_NS)
         renewed_ns = boottime_ns()
-        assert_still(ticks, deadline_ns, renewed_ns)
-        next_ns = renewed_ns + TTL_MS * NS_PER_MS
-        execution.renew(next_ns)
+        assert_still(ticks, freeze, renewed_ns)
+        execution.renew(renewed_ns + LONG_NS)
         for name in family:
             await ticked(ticks / name, renewed_ns)
-        deadline_ns = next_ns
     assert not execution.ended
-    await until(lambda: told(caplog) == ["frozen", "thawed"] * 2)
-    execution.renew(boottime_ns() + 60_000 * NS_PER_MS)
+    await until(lambda: words_of(caplog.records) == ["frozen", "thawed"] * 2)
     await execution.stop(StopCause.CANCELLED, timedelta(seconds=5))
     exit = await execution.wait()
     assert (exit.signal, exit.stop_cause) == (signal.SIGTERM, StopCause.CANCELLED)
 
 
-async def test_a_workload_that_forks_without_end_stands_still(freezing: ProcessRuntime, ticks: Path) -> None:
-    request = of(FORKING, ticks)
-    execution = await begun(freezing, request, ticks)
-    await passed(request.deadline_ns + LATER_NS)
+async def test_a_workload_that_forks_without_end_stands_still(
+    freezing: ProcessRuntime, ticks: Path, lose: Lose
+) -> None:
+    execution = await begun(freezing, of(FORKING, ticks), ticks)
+    freeze = await lose(execution)
+    await passed(freeze.since_ns + LATER_NS)
     renewed_ns = boottime_ns()
-    execution.renew(renewed_ns + 60_000 * NS_PER_MS)
+    execution.renew(renewed_ns + LONG_NS)
     await ticked(ticks / "main", renewed_ns)
-    assert_still(ticks, request.deadline_ns, renewed_ns)
+    assert_still(ticks, freeze, renewed_ns)
     await execution.stop(StopCause.CANCELLED, timedelta(0))
     assert (await execution.wait()).stop_cause is StopCause.CANCELLED
 
 
 @pytest.mark.parametrize("cause", [StopCause.STALE, StopCause.CANCELLED, StopCause.AGENT_STOPPED])
 async def test_what_is_asked_to_stop_while_frozen_is_killed_as_it_stands(
-    freezing: ProcessRuntime, ticks: Path, cause: StopCause
+    freezing: ProcessRuntime, ticks: Path, lose: Lose, cause: StopCause
 ) -> None:
-    request = of(LISTENING, ticks)
-    execution = await begun(freezing, request, ticks)
-    await passed(request.deadline_ns + LATER_NS)
+    execution = await begun(freezing, of(LISTENING, ticks), ticks)
+    freeze = await lose(execution)
+    await passed(freeze.deadline_ns)
     await execution.stop(cause, timedelta(seconds=30))
     exit = await execution.wait()
     assert (exit.exit_code, exit.signal, exit.stop_cause) == (None, signal.SIGKILL, cause)
-    assert_still(ticks, request.deadline_ns)
+    assert_still(ticks, freeze)
     assert not (ticks / "heard").exists()
 
 
-async def test_a_keeper_killed_while_frozen_ends_the_whole_tree(freezing: ProcessRuntime, ticks: Path) -> None:
-    request = of(FAMILY, ticks)
-    execution = await begun(freezing, request, ticks, "main", "child", "grandchild", "busy")
-    await passed(request.deadline_ns + LATER_NS)
+async def test_a_keeper_killed_while_frozen_ends_the_whole_tree(
+    freezing: ProcessRuntime, ticks: Path, lose: Lose
+) -> None:
+    execution = await begun(freezing, of(FAMILY, ticks), ticks, "main", "child", "grandchild", "busy")
+    freeze = await lose(execution)
     os.kill(keeper_of(execution), signal.SIGKILL)
     assert (await execution.wait()).stop_cause is StopCause.KEEPER_DIED
-    assert_still(ticks, request.deadline_ns)
+    assert_still(ticks, freeze)
     await until(lambda: not abandoned_groups(keeper_of(execution)))
 
 
+@pytest.mark.parametrize("script", [FAMILY, HEADLESS], ids=["family", "headless"])
 async def test_keeper_and_zygote_killed_while_frozen_the_agent_ends_what_it_finds(
-    freezing: ProcessRuntime, ticks: Path
+    freezing: ProcessRuntime, ticks: Path, lose: Lose, script: str
 ) -> None:
-    request = of(FAMILY, ticks)
-    execution = await begun(freezing, request, ticks, "main", "child", "grandchild", "busy")
-    await passed(request.deadline_ns + LATER_NS)
+    execution = await begun(freezing, of(script, ticks), ticks)
+    freeze = await lose(execution)
+    tree = offspring(keeper_of(execution))
     assert freezing.zygote_pid is not None
     os.kill(freezing.zygote_pid, signal.SIGKILL)
     os.kill(keeper_of(execution), signal.SIGKILL)
     assert (await execution.wait()).stop_cause is StopCause.KEEPER_DIED
-    assert_still(ticks, request.deadline_ns)
+    assert not any(lives(process.pid) for process in tree)
+    assert_still(ticks, freeze)
 
 
 def abandoned_groups(keeper: int) -> list[str]:
@@ -236,75 +159,114 @@ def abandoned_groups(keeper: int) -> list[str]:
     return found
 
 
-async def test_nothing_is_left_of_a_group_when_the_lease_is_over(freezing: ProcessRuntime, ticks: Path) -> None:
-    request = of(FAMILY, ticks)
-    execution = await begun(freezing, request, ticks)
-    await passed(request.deadline_ns + LATER_NS)
+async def test_nothing_is_left_of_a_group_when_the_lease_is_over(
+    freezing: ProcessRuntime, ticks: Path, lose: Lose
+) -> None:
+    execution = await begun(freezing, of(FAMILY, ticks), ticks)
+    await lose(execution)
+    for path in abandoned_groups(keeper_of(execution)):
+        # As a workload may that manages groups itself.
+        os.makedirs(f"{path}/own/inner", exist_ok=True)
     await execution.stop(StopCause.STALE)
     await execution.wait()
     assert abandoned_groups(keeper_of(execution)) == []
 
 
-async def test_a_renewal_and_a_cancel_at_once_stop_in_good_order(freezing: ProcessRuntime, ticks: Path) -> None:
-    request = of(LISTENING, ticks)
-    execution = await begun(freezing, request, ticks)
-    await passed(request.deadline_ns + LATER_NS)
-    execution.renew(boottime_ns() + 60_000 * NS_PER_MS)
+async def test_a_renewal_and_a_cancel_at_once_stop_in_good_order(
+    freezing: ProcessRuntime, ticks: Path, lose: Lose
+) -> None:
+    execution = await begun(freezing, of(LISTENING, ticks), ticks)
+    await lose(execution)
+    execution.renew(boottime_ns() + LONG_NS)
     await execution.stop(StopCause.CANCELLED)
     exit = await execution.wait()
     assert (exit.exit_code, exit.stop_cause) == (0, StopCause.CANCELLED)
     assert (ticks / "heard").exists()
 
 
-async def test_the_run_timeout_of_a_frozen_job_kills_it_as_it_stands(runtime: ProcessRuntime, ticks: Path) -> None:
-    request = of(LISTENING, ticks, run_timeout=timedelta(milliseconds=TTL_MS + 500))
+async def test_the_run_timeout_of_a_frozen_job_kills_it_as_it_stands(
+    runtime: ProcessRuntime, ticks: Path, lose: Lose
+) -> None:
+    request = of(LISTENING, ticks, run_timeout=timedelta(seconds=5))
     execution = await begun(runtime, request, ticks)
+    freeze = await lose(execution)
     exit = await execution.wait()
     assert (exit.signal, exit.stop_cause) == (signal.SIGKILL, StopCause.RUN_TIMEOUT)
-    assert_still(ticks, request.deadline_ns)
+    assert_still(ticks, freeze)
 
 
-async def test_what_the_workload_has_stopped_itself_stays_stopped(freezing: ProcessRuntime, fifo: Fifo) -> None:
+# -- a workload whose first thread has exited ---------------------------------------------
+
+
+async def test_a_tree_without_its_first_thread_stands_still_and_goes_on(
+    freezing: ProcessRuntime, ticks: Path, lose: Lose
+) -> None:
+    execution = await headless(freezing, ticks)
+    freeze = await lose(execution)
+    await passed(freeze.since_ns + LATER_NS)
+    renewed_ns = boottime_ns()
+    assert_still(ticks, freeze, renewed_ns)
+    execution.renew(renewed_ns + LONG_NS)
+    await ticked(ticks / "main", renewed_ns)
+    await execution.stop(StopCause.CANCELLED)
+    exit = await execution.wait()
+    assert (exit.signal, exit.stop_cause) == (signal.SIGTERM, StopCause.CANCELLED)
+
+
+async def test_a_tree_without_its_first_thread_is_killed_as_it_stands(
+    freezing: ProcessRuntime, ticks: Path, lose: Lose
+) -> None:
+    execution = await headless(freezing, ticks)
+    freeze = await lose(execution)
+    await execution.stop(StopCause.STALE)
+    exit = await execution.wait()
+    assert (exit.signal, exit.stop_cause) == (signal.SIGKILL, StopCause.STALE)
+    assert_still(ticks, freeze)
+
+
+async def headless(runtime: ProcessRuntime, ticks: Path) -> Execution:
+    execution = await begun(runtime, of(HEADLESS, ticks), ticks)
+    await until(lambda: main_thread_state(main_process(execution)) == "Z")
+    return execution
+
+
+def main_thread_state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+async def test_what_the_workload_has_stopped_itself_stays_stopped(
+    freezing: ProcessRuntime, fifo: Fifo, lose: Lose
+) -> None:
     script = f"sleep 1000 & kill -STOP $!; echo $! > {fifo.path}; while :; do read _ < {fifo.path}x; done"
     os.mkfifo(f"{fifo.path}x")
-    request = shell(1, script, deadline_ms=TTL_MS, on_lost=OnLost.FREEZE)
-    execution = await freezing.prepare(request)
+    execution = await freezing.prepare(shell(1, script, on_lost=OnLost.FREEZE))
     await execution.begin()
     stopped = int(await fifo.line())
-    await passed(request.deadline_ns + LATER_NS)
-    execution.renew(boottime_ns() + 60_000 * NS_PER_MS)
+    await lose(execution)
+    execution.renew(boottime_ns() + LONG_NS)
     main = main_process(execution)
     await until(lambda: state_of(main) == "S")
-    assert state_of(stopped) == "T"
+    assert state_of(stopped) == STOPPED
     await execution.stop(StopCause.CANCELLED, timedelta(0))
     await execution.wait()
 
 
-def main_process(execution: Execution) -> int:
-    with open(f"/proc/{keeper_of(execution)}/task/{keeper_of(execution)}/children") as file:
-        return int(file.read().split()[0])
-
-
-def state_of(pid: int) -> str:
-    process = read_process(pid)
-    assert process is not None
-    return process.state
-
-
-async def test_what_somebody_else_lets_go_on_is_stopped_again(tmp_path: Path, ticks: Path, breaks: Break) -> None:
+@pytest.mark.parametrize("script", [FAMILY, HEADLESS], ids=["family", "headless"])
+async def test_what_somebody_else_lets_go_on_is_stopped_again(
+    tmp_path: Path, ticks: Path, breaks: Break, lose: Lose, script: str
+) -> None:
     breaks(WAYS["signals"])
     async with open_runtime(tmp_path / "state") as runtime:
-        request = of(FAMILY, ticks)
-        execution = await begun(runtime, request, ticks)
-        await passed(request.deadline_ns + LATER_NS)
+        execution = await begun(runtime, of(script, ticks), ticks)
+        freeze = await lose(execution)
         main = main_process(execution)
-        assert state_of(main) == "T"
+        assert state_of(main) == STOPPED
         os.kill(main, signal.SIGCONT)
         # It ran for no longer than until the keeper's next look.
-        await until(lambda: state_of(main) == "T" and times(ticks / "main")[-1] > request.deadline_ns)
+        await until(lambda: state_of(main) == STOPPED and times(ticks / "main")[-1] > freeze.since_ns)
         still_ns = boottime_ns()
         await passed(still_ns + LATER_NS)
-        assert_still(ticks, still_ns)
+        assert_still(ticks, Freeze(still_ns, still_ns))
 
 
 @pytest.mark.parametrize("on_lost", [OnLost.FREEZE, OnLost.CONTINUE])
@@ -319,51 +281,60 @@ async def test_what_has_not_begun_by_the_deadline_never_does(
     assert list(ticks.iterdir()) == []
 
 
-async def test_a_grace_longer_than_the_lease_takes_nothing_of_its_time(runtime: ProcessRuntime, ticks: Path) -> None:
-    request = of(LISTENING, ticks, grace=timedelta(minutes=5))
-    execution = await begun(runtime, request, ticks)
-    await ticked(ticks / "main", request.deadline_ns - 500 * NS_PER_MS)
-    await passed(request.deadline_ns)
+async def test_a_grace_longer_than_the_lease_takes_nothing_of_its_time(
+    runtime: ProcessRuntime, ticks: Path, lose: Lose
+) -> None:
+    execution = await begun(runtime, of(LISTENING, ticks, grace=timedelta(minutes=5)), ticks)
+    freeze = await lose(execution)
+    await passed(freeze.deadline_ns)
     assert not execution.ended
     assert not (ticks / "heard").exists()
 
 
-async def test_a_record_that_nobody_can_renew_ends_the_job(runtime: ProcessRuntime, ticks: Path) -> None:
-    execution = await begun(runtime, of(LISTENING, ticks, deadline_ms=60_000), ticks)
-    with (execution.output.stdout.parent / "record").open("r+b") as record:
-        record.write(b"GARBLED!")
+@pytest.mark.parametrize("on_lost", [OnLost.FREEZE, OnLost.STOP])
+async def test_a_record_that_nobody_can_renew_ends_the_job(
+    runtime: ProcessRuntime, ticks: Path, on_lost: OnLost
+) -> None:
+    execution = await begun(runtime, of(LISTENING, ticks, on_lost=on_lost), ticks)
+    garble(execution)
     exit = await execution.wait()
     assert (exit.signal, exit.stop_cause) == (signal.SIGKILL, StopCause.LEASE_LOST)
 
 
+def garble(execution: Execution) -> None:
+    with (execution.output.stdout.parent / "record").open("r+b") as record:
+        record.write(b"GARBLED!")
+
+
 async def test_a_job_that_is_to_continue_does_and_can_still_be_stopped(runtime: ProcessRuntime, ticks: Path) -> None:
-    request = of(LISTENING, ticks, on_lost=OnLost.CONTINUE)
-    execution = await begun(runtime, request, ticks)
-    await ticked(ticks / "main", request.deadline_ns + LATER_NS)
+    execution = await begun(runtime, of(LISTENING, ticks, on_lost=OnLost.CONTINUE), ticks)
+    deadline_ns = expire(execution)
+    await ticked(ticks / "main", deadline_ns + LATER_NS)
+    garble(execution)
+    await ticked(ticks / "main", boottime_ns() + 2 * LATER_NS)
     await execution.stop(StopCause.STALE)
     exit = await execution.wait()
     assert (exit.exit_code, exit.stop_cause) == (0, StopCause.STALE)
 
 
 async def test_the_run_timeout_of_a_job_that_continues_counts(runtime: ProcessRuntime, ticks: Path) -> None:
-    timeout = timedelta(milliseconds=TTL_MS + 300)
-    execution = await begun(runtime, of(LISTENING, ticks, on_lost=OnLost.CONTINUE, run_timeout=timeout), ticks)
+    request = of(LISTENING, ticks, on_lost=OnLost.CONTINUE, run_timeout=timedelta(seconds=4))
+    execution = await begun(runtime, request, ticks)
+    expire(execution)
     exit = await execution.wait()
     assert (exit.exit_code, exit.stop_cause) == (0, StopCause.RUN_TIMEOUT)
 
 
 async def test_a_main_process_killed_by_others_while_frozen_lets_nothing_of_the_rest_run(
-    freezing: ProcessRuntime, ticks: Path
+    freezing: ProcessRuntime, ticks: Path, lose: Lose
 ) -> None:
-    request = of(FAMILY, ticks)
-    execution = await begun(freezing, request, ticks, "main", "child", "grandchild", "busy")
-    await passed(request.deadline_ns + LATER_NS)
+    execution = await begun(freezing, of(FAMILY, ticks), ticks, "main", "child", "grandchild", "busy")
+    freeze = await lose(execution)
     os.kill(main_process(execution), signal.SIGKILL)
-    renewed_ns = boottime_ns() + 60_000 * NS_PER_MS
     if not await ends_within(execution, 1.0):
         # In a group of version 1 nothing dies before it is thawed.
-        assert_still(ticks, request.deadline_ns)
-        execution.renew(renewed_ns)
+        assert_still(ticks, freeze)
+        execution.renew(boottime_ns() + LONG_NS)
     exit = await execution.wait()
     assert (exit.signal, exit.stop_cause) == (signal.SIGKILL, None)
 
@@ -377,14 +348,13 @@ async def ends_within(execution: Execution, seconds: float) -> bool:
     return True
 
 
-async def test_a_keeper_guards_another_lease_after_a_freeze(freezing: ProcessRuntime, ticks: Path) -> None:
+async def test_a_keeper_guards_another_lease_after_a_freeze(freezing: ProcessRuntime, ticks: Path, lose: Lose) -> None:
     keepers = set()
     for lease_id in (1, 2):
-        request = of(LISTENING, ticks, lease_id)
-        execution = await begun(freezing, request, ticks)
-        await passed(request.deadline_ns + LATER_NS)
+        execution = await begun(freezing, of(LISTENING, ticks, lease_id), ticks)
+        await lose(execution)
         renewed_ns = boottime_ns()
-        execution.renew(renewed_ns + 60_000 * NS_PER_MS)
+        execution.renew(renewed_ns + LONG_NS)
         await ticked(ticks / "main", renewed_ns)
         await execution.stop(StopCause.CANCELLED)
         assert (await execution.wait()).exit_code == 0

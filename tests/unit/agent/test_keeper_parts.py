@@ -224,7 +224,7 @@ def test_deleted(directory: LeaseDirectory) -> None:
 
 def test_below_follows_parents_and_leaves_others() -> None:
     table = {
-        pid: Process(pid, parent, pid, 1, "S")
+        pid: Process(pid, parent, pid, 1, "S", pid)
         for pid, parent in ((2, 1), (3, 2), (4, 3), (5, 1), (6, 4), (7, 2), (8, 5))
     }
     found = below(table, [2])
@@ -252,6 +252,51 @@ def test_a_dead_child_is_not_alive_and_not_signalled() -> None:
     assert not send(dead, 0)
     child.wait()
     assert read_process(child.pid) is None
+
+
+_HEADLESS = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=[1000]).start()
+print("ready", flush=True)
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_a_process_whose_first_thread_has_exited_lives_until_the_last_one_has() -> None:
+    with subprocess.Popen([sys.executable, "-c", _HEADLESS], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        while (process := read_process(child.pid)) is None or process.thread == child.pid:
+            pass
+        assert process.alive
+        assert process.pid == child.pid
+        assert os.path.isdir(f"/proc/{child.pid}/task/{process.thread}")
+        assert send(process, signal.SIGSTOP)
+        while (stopped := read_process(child.pid)) is None or stopped.state != tree.STOPPED:
+            pass
+        assert tree.freeze_and_kill(lambda: [process]) == 1
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        dead = read_process(child.pid)
+        assert dead is not None
+        assert not dead.alive
+
+
+def test_children_are_killed_before_their_parents(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents = {5: 1, 4: 5, 9: 4, 3: 9, 6: 5, 20: 21, 21: 20}
+    processes = [Process(pid, parent, 5, 1, "S", pid) for pid, parent in parents.items()]
+    killed: list[int] = []
+
+    def note(process: Process, signum: int) -> bool:
+        if signum == signal.SIGKILL:
+            killed.append(process.pid)
+        return True
+
+    monkeypatch.setattr(tree, "send", note)
+    assert tree.freeze_and_kill(lambda: processes) == len(parents)
+    assert sorted(killed) == sorted(parents)
+    for pid, parent in parents.items():
+        # Two that each say that the other is its parent come in any order.
+        assert parent not in parents or pid >= 20 or killed.index(pid) < killed.index(parent)
 
 
 @pytest.mark.parametrize("state_dir", ["/var/lib/lessor", "/with space/é\udcff", "/" + "d" * 300])
