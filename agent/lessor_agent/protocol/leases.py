@@ -60,7 +60,7 @@ _STOPPING = {
 
 
 class LeaseTable:
-    """Everything held, and the rules of §4 of the lease protocol on the agent's side."""
+    """Everything held, and the rules of docs/lease-protocol.md on the agent's side."""
 
     def __init__(
         self,
