@@ -63,11 +63,11 @@ demo: $(READY) ## Train on two agents, kill one halfway, watch the other resume
 
 .PHONY: test
 test: $(READY) ## Run all tests (TESTS=path, WORKERS=n, PYTEST_ARGS=…)
-	@$(BIN)/python -m pytest -n $(WORKERS) $(TESTS) $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS) $(PYTEST_ARGS)
 
 .PHONY: test-unit
 test-unit: $(READY) ## Run the unit tests, under 20 seconds
-	@$(BIN)/python -m pytest -n $(WORKERS) tests/unit $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/unit $(PYTEST_ARGS)
 
 .PHONY: bench
 bench: $(READY) ## Run all benchmarks, peers included (SCENARIOS="drain growth", BENCH_ARGS="--out DIR")

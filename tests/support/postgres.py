@@ -103,7 +103,8 @@ class PostgresServer:
 
     def _create(self, template: str) -> str:
         name = f"test_{uuid.uuid4().hex}"
-        self._execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+        # Copied as files: less than half the time of writing each page to the log, which nothing here needs.
+        self._execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}" STRATEGY FILE_COPY')
         return self._postgres.url(name)
 
     def _make_template(self) -> None:
