@@ -12,7 +12,6 @@ from unittest.mock import patch
 from google.protobuf.duration_pb2 import Duration
 
 from lessor_agent.protocol.events import EventLog
-from lessor_agent.protocol.lease import Lease
 from lessor_agent.protocol.leases import LeaseTable
 from lessor_agent.protocol.session import Session
 from lessor_server.store import reports
@@ -136,10 +135,4 @@ MUTANTS = (
         lambda: [patch.object(LeaseTable, "revoked", lambda self, revoke, now_ns: None)],
     ),
     Mutant("outbox-dropped", "events that were not acked are forgotten at a reconnect", {}, _drop_outbox),
-    Mutant(
-        "end-not-spared",
-        "an end that no Hello has told of is dropped when the server says that its lease is over",
-        {},
-        lambda: [patch.object(Lease, "owes_an_end", property(lambda self: False))],
-    ),
 )
