@@ -30,11 +30,13 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 import lessor
 from lessor import timing
+from lessor_agent.runtimes.process import find_keepers
 from lessor_server import children
 from lessor_server.embedded import EmbeddedPostgres
 from lessor_server.store import migrate
 
 HERE = Path(__file__).resolve().parent
+AGENTS = ("agent-1", "agent-2")
 TTL = timedelta(seconds=10)
 HEARTBEAT = "2s"
 KILL_AT = 0.5
@@ -65,7 +67,7 @@ class Fleet:
         log = self.directory / "server.log"
         self.children["server"] = children.start(["-m", "lessor_server", "--listen", "127.0.0.1:0"], log, os.getpid())
         self.address = children.first_line(self.children["server"], log).rpartition(" ")[2]
-        for name in ("agent-1", "agent-2"):
+        for name in AGENTS:
             arguments = ["-m", "lessor_agent", "--address", self.address, "--name", name, "--heartbeat", HEARTBEAT,
                          "--state-dir", str(self.directory / name), "--on-exit", "stop"]  # fmt: skip
             self.children[name] = children.start(arguments, self.directory / f"{name}.log", os.getpid())
@@ -153,7 +155,8 @@ def train(client: lessor.Client, fleet: Fleet) -> lessor.Job:
     work = fleet.directory / "training"
     work.mkdir()
     command = [sys.executable, "-u", str(HERE / "train_digits" / "train.py"), "--checkpoint-dir", str(work)]
-    job = client.submit(command, name="train-digits", ttl=TTL, max_losses=3)
+    # Not frozen, as it would be by default: its agent never comes back, and nothing is to be left of it.
+    job = client.submit(command, name="train-digits", ttl=TTL, max_losses=3, on_lease_lost="stop")
     say(f"submitted [bold]{job.id}[/]: examples/train_digits, 20 epochs, lease ttl {TTL.total_seconds():g} s")
     killed_at = 0.0
     with Show(client, job.id) as show:
@@ -227,8 +230,10 @@ def main() -> int:
         else:
             say(f"[bold red]the demo failed[/]: {job.state.name}, attempt {job.attempt}, {job.error}")
         say("stopping everything")
-    say(f"done in {time.monotonic() - begun:.0f} s, nothing is left running")
-    return 0 if good else 1
+    left = [pid for name in AGENTS for pid in find_keepers(fleet.directory / name).values()]
+    rest = f"[bold red]keepers {left} are left running[/]" if left else "nothing is left running"
+    say(f"done in {time.monotonic() - begun:.0f} s, {rest}")
+    return 0 if good and not left else 1
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import grpc
 from google.protobuf import any_pb2
@@ -442,6 +442,13 @@ class FakeServer(FakeWorld, job_service_pb2_grpc.JobServiceServicer, fleet_servi
             self.stopped = True
             self.news.notify_all()
         self._server.stop(grace_s).wait(10)
+
+    def __enter__(self) -> Self:
+        self.serve()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Stops and raises what a script raised."""

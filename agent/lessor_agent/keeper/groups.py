@@ -167,12 +167,7 @@ def _directory(mounts: dict[int, list[tuple[str, str]]], version: int, path: str
 def _mounts() -> dict[int, list[tuple[str, str]]]:
     """Returns version → (root, mount point) of each mounted hierarchy that can freeze."""
     found: dict[int, list[tuple[str, str]]] = {}
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-            lines = file.read().splitlines()
-    except OSError:
-        return found
-    for line in lines:
+    for line in _lines("/proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
         kind, _, options = after.partition(" ")
         version = 2 if kind == "cgroup2" else 1
@@ -182,6 +177,15 @@ def _mounts() -> dict[int, list[tuple[str, str]]]:
     return found
 
 
+def _lines(path: str) -> list[str]:
+    """Returns the lines of a file of the kernel; none of one that is not there."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read().splitlines()
+    except OSError:
+        return []
+
+
 def _unescaped(path: str) -> str:
     return _ESCAPED.sub(lambda match: chr(int(match[1], 8)), path)
 
@@ -189,12 +193,7 @@ def _unescaped(path: str) -> str:
 def _paths(thread: int) -> dict[int, str]:
     """Returns version → path of the group that a thread is in; nothing of one that is gone."""
     found: dict[int, str] = {}
-    try:
-        with open(f"/proc/{thread}/cgroup", encoding="utf-8", errors="surrogateescape") as file:
-            lines = file.read().splitlines()
-    except OSError:
-        return found
-    for line in lines:
+    for line in _lines(f"/proc/{thread}/cgroup"):
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if number == "0" and not controllers:

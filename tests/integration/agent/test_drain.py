@@ -17,10 +17,8 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
-    fake = FakeServer()
-    fake.serve()
-    yield fake
-    fake.close()
+    with FakeServer() as fake:
+        yield fake
 
 
 @pytest.fixture

@@ -20,10 +20,8 @@ from tests.support.fake_services import FakeServer
 
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
-    fake = FakeServer()
-    fake.serve()
-    yield fake
-    fake.close()
+    with FakeServer() as fake:
+        yield fake
 
 
 @pytest.fixture

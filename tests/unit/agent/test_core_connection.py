@@ -64,18 +64,26 @@ def test_a_loss_of_an_older_stream_changes_nothing() -> None:
     assert new != old
 
 
-def test_no_second_hello_is_sent_before_the_first_is_answered() -> None:
-    """Its Welcome would be taken for the answer to the second, and counted from when that was sent."""
-    asked = pb.ConnectResponse(hello_requested=pb.HelloRequested(reason="epoch moved"))
+HELLO_REQUESTED = pb.ConnectResponse(hello_requested=pb.HelloRequested(reason="epoch moved"))
+
+
+def asked_for_hello() -> tuple[CoreDriver, int]:
+    """A job runs, and a Hello that was asked for has been under way for 8 s; returns when it was sent, too."""
     drive = connected()
     drive.bring(1, LeasePhase.RUNNING)
     drive.advance(10 * SECOND_NS)
     drive.clear()
     sent_ns = drive.now_ns
-    drive.say(asked)
+    drive.say(HELLO_REQUESTED)
     drive.now_ns += 8 * SECOND_NS
+    return drive, sent_ns
+
+
+def test_no_second_hello_is_sent_before_the_first_is_answered() -> None:
+    """Its Welcome would be taken for the answer to the second, and counted from when that was sent."""
+    drive, sent_ns = asked_for_hello()
     drive.ended(1, an_exit(0))
-    drive.say(asked)
+    drive.say(HELLO_REQUESTED)
     assert len(drive.sent("hello")) == 1
     assert drive.core.next_wakeup_ns() == sent_ns + WELCOME_TIMEOUT_NS
     drive.clear()
@@ -85,15 +93,8 @@ def test_no_second_hello_is_sent_before_the_first_is_answered() -> None:
 
 
 def test_a_renewal_counts_from_the_hello_that_was_answered() -> None:
-    asked = pb.ConnectResponse(hello_requested=pb.HelloRequested(reason="epoch moved"))
-    drive = connected()
-    drive.bring(1, LeasePhase.RUNNING)
-    drive.advance(10 * SECOND_NS)
-    drive.clear()
-    sent_ns = drive.now_ns
-    drive.say(asked)
-    drive.now_ns += 8 * SECOND_NS
-    drive.say(asked)
+    drive, sent_ns = asked_for_hello()
+    drive.say(HELLO_REQUESTED)
     drive.welcome(keep(1))
     lease = drive.core.leases.get(1)
     assert lease is not None
@@ -123,7 +124,7 @@ def test_hello_requested_is_answered_on_the_same_stream_and_old_messages_are_ign
     drive.advance(5 * SECOND_NS)
     stream = drive.stream_id
     drive.clear()
-    drive.say(pb.ConnectResponse(hello_requested=pb.HelloRequested(reason="epoch moved")))
+    drive.say(HELLO_REQUESTED)
     assert len(drive.sent("hello")) == 1
     drive.ack(heartbeat=1)
     drive.grant(2)
