@@ -95,7 +95,7 @@ class Freeze(NamedTuple):
 
     deadline_ns: int
     since_ns: int
-    """When all of it was seen to."""
+    """When all of it was seen to; it is promised from the deadline on."""
 
 
 Lose = Callable[[Execution], Awaitable[Freeze]]
@@ -104,10 +104,11 @@ Lose = Callable[[Execution], Awaitable[Freeze]]
 
 def stands_still(execution: Execution) -> bool:
     """Returns whether all of its tree does, as the kernel says."""
-    return all(
+    looks = [[process for process in offspring(keeper_of(execution)) if process.alive] for _ in range(2)]
+    # What ran in between, or was born, may have left one that neither look has found.
+    return looks[0] == looks[1] and all(
         process.state == STOPPED or any(group.stands_still() for group in groups_of([process.thread]))
-        for process in offspring(keeper_of(execution))
-        if process.alive
+        for process in looks[1]
     )
 
 
@@ -118,8 +119,8 @@ def times(path: Path) -> list[int]:
 
 
 def assert_still(ticks: Path, freeze: Freeze, to_ns: int | None = None) -> None:
-    """Nothing ran in between, and it stood still in time."""
-    from_ns = min(freeze.since_ns, freeze.deadline_ns + LATE_NS)
+    """Nothing ran from the deadline on; where the host itself stood, since it was seen to, or ``LATE_NS`` after."""
+    from_ns = min(max(freeze.since_ns, freeze.deadline_ns), freeze.deadline_ns + LATE_NS)
     for path in ticks.iterdir():
         ran = [at - freeze.deadline_ns for at in times(path) if at > from_ns and (to_ns is None or at < to_ns)]
         assert not ran, f"{path.name} ran {ran[0] / 1e6} … {ran[-1] / 1e6} ms after its deadline"
@@ -138,9 +139,10 @@ async def ticked(path: Path, since_ns: int = 0) -> None:
 async def begun(runtime: ProcessRuntime, request: StartRequest, ticks: Path, *names: str) -> Execution:
     """Starts it and returns once those of ``names``, or its main process, have run."""
     execution = await runtime.prepare(request)
+    since_ns = boottime_ns()
     assert await execution.begin()
     for name in names or ("main",):
-        await ticked(ticks / name)
+        await ticked(ticks / name, since_ns)
     return execution
 
 

@@ -24,8 +24,6 @@ from lessor_agent.keeper.tree import RUNNABLE, STOPPED, Process, offspring, send
 
 _MAX_PASSES = 64
 """Passes in a row; a tree that still grows then is looked at again at once."""
-_CLEAN_PASSES = 2
-"""Passes in a row that find nothing: one may miss a process whose sibling ends just then."""
 GATHER_BUDGET_S = 1.0
 """Longest that a tree is moved into its group; what is left is stopped."""
 
@@ -59,11 +57,11 @@ class Freezer:
             return
         asked: set[tuple[int, int]] = set()
         for _ in range(_MAX_PASSES):
-            fresh = [process for process in self._outside() if (process.pid, process.start_ticks) not in asked]
+            fresh = [p for p in offspring(os.getpid()) if self._is_outside(p) and _name(p) not in asked]
             for process in fresh:
                 if time.monotonic() >= until_s:
                     return
-                asked.add((process.pid, process.start_ticks))
+                asked.add(_name(process))
                 # One that is gone, or is not to be moved, will be stopped where it is.
                 with contextlib.suppress(OSError):
                     group.add(process.pid)
@@ -98,7 +96,7 @@ class Freezer:
         for process in list(self._stopped.values()):
             # Forgotten only once it was told: called again after a failure, this goes on where it was.
             send(process, signal.SIGCONT)
-            del self._stopped[process.pid, process.start_ticks]
+            del self._stopped[_name(process)]
         self.frozen = False
 
     def close(self) -> None:
@@ -110,29 +108,47 @@ class Freezer:
                     group.remove()
         self._group = self._failed = None
 
-    def _outside(self) -> list[Process]:
-        return [process for process in self._tree() if self._group is None or not self._group.holds(process.thread)]
-
-    def _tree(self) -> list[Process]:
-        return [process for process in offspring(os.getpid()) if process.alive]
+    def _is_outside(self, process: Process) -> bool:
+        """Returns whether it lives, and no group freezes it."""
+        return process.alive and (self._group is None or not self._group.holds(process.thread))
 
     def _stop_the_rest(self) -> bool:
-        """Stops every process that no group freezes. Returns whether none of them runs."""
-        clean = 0
+        """Stops every process that no group freezes. Returns whether none of them runs.
+
+        A pass may miss the child of a process that ends meanwhile. It is this
+        process's own child then, and nobody buries it or those that it leaves: the
+        next pass finds one that none has found before, so that a pass which finds
+        nothing new has missed none.
+        """
+        keeper = os.getpid()
+        known: set[tuple[int, int]] = set()
+        dead: set[int] = set()
         for _ in range(_MAX_PASSES):
-            outside = self._outside()
-            fresh = [p for p in outside if (p.pid, p.start_ticks) not in self._stopped and p.state != STOPPED]
-            woken = [p for p in outside if (p.pid, p.start_ticks) in self._stopped and p.state in RUNNABLE]
-            for process in fresh:
-                # Before the signal: else a failure in between could leave one that nobody lets go on.
-                self._stopped[process.pid, process.start_ticks] = process
-            for process in fresh + woken:
-                send(process, signal.SIGSTOP)
-            clean = 0 if fresh else clean + 1
-            if clean >= _CLEAN_PASSES:
-                # One that still shows as runnable has the signal and has not been given a processor since.
-                return not woken
+            news = runs = False
+            for process in offspring(keeper, dead):
+                if not process.alive and process.parent == keeper:
+                    dead.add(process.pid)
+                elif self._is_outside(process):
+                    stopped, running = self._stop(process)
+                    news |= stopped
+                    runs |= running
+                news |= _name(process) not in known
+                known.add(_name(process))
+            if not news:
+                return not runs
         return False
+
+    def _stop(self, process: Process) -> tuple[bool, bool]:
+        """Stops it, unless it is. Returns whether it was not to be stopped before, and whether it ran though it was."""
+        fresh = _name(process) not in self._stopped and process.state != STOPPED
+        woken = _name(process) in self._stopped and process.state in RUNNABLE
+        if fresh:
+            # Before the signal: else a failure in between could leave one that nobody lets go on.
+            self._stopped[_name(process)] = process
+        if fresh or woken:
+            # One that still shows as runnable then has the signal, and has not been given a processor since.
+            send(process, signal.SIGSTOP)
+        return fresh, woken
 
     def _group_stands_still(self) -> bool:
         if self._group is None:
@@ -141,3 +157,8 @@ class Freezer:
             return self._group.stands_still()
         except OSError:
             return False
+
+
+def _name(process: Process) -> tuple[int, int]:
+    """Returns what no other process is ever called."""
+    return process.pid, process.start_ticks

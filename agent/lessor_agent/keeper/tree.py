@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import NamedTuple
 
 from lessor_agent.keeper.groups import groups_of, thaw_all
@@ -117,25 +117,32 @@ def below(table: dict[int, Process], roots: Iterable[int]) -> list[Process]:
     return found
 
 
-def offspring(root: int) -> list[Process]:
-    """Returns every process below ``root`` without looking at all others of the host.
+def offspring(root: int, spared: Container[int] = ()) -> Iterator[Process]:
+    """Yields every process below ``root`` without looking at all others of the host, parents before their children.
 
-    One may be missed if a sibling of it ends at that moment; what stands still is
-    never missed.
+    Of siblings the youngest comes first, and what is below a process is looked at
+    after it was yielded: whoever stops each at once has the best chance to overtake
+    a tree that forks. One may be missed if its parent ends at that moment; what
+    stands still is never missed.
+
+    Args:
+        root: The pid below which to look.
+        spared: Pids that are passed over, with what is below them.
     """
     if not os.path.exists(f"/proc/{root}/task/{root}/children"):
         # A kernel without CONFIG_PROC_CHILDREN.
-        return below(all_processes(), [root])
-    found: list[Process] = []
-    queue = [root]
+        yield from (process for process in below(all_processes(), [root]) if process.pid not in spared)
+        return
+    stack = _children(root)
     seen = {root}
-    for pid in queue:
-        for child in _children(pid):
-            if child not in seen and (process := read_process(child)) is not None:
-                seen.add(child)
-                found.append(process)
-                queue.append(child)
-    return found
+    while stack:
+        pid = stack.pop()
+        if pid in seen or pid in spared:
+            continue
+        seen.add(pid)
+        if (process := read_process(pid)) is not None:
+            yield process
+            stack += _children(pid)
 
 
 def _children(pid: int) -> list[int]:

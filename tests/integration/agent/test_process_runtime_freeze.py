@@ -37,7 +37,7 @@ from tests.support.freezing import (
     times,
     words_of,
 )
-from tests.support.process_runtime import Break, Fifo, keeper_of, lives, open_runtime, shell
+from tests.support.process_runtime import Break, Fifo, idle, keeper_of, lives, open_runtime, shell
 
 # Each process ticks once, forks the next, and ends.
 FORKING = f"""{TICKING}
@@ -143,7 +143,7 @@ async def test_keeper_and_zygote_killed_while_frozen_the_agent_ends_what_it_find
 ) -> None:
     execution = await begun(freezing, of(script, ticks), ticks)
     freeze = await lose(execution)
-    tree = offspring(keeper_of(execution))
+    tree = list(offspring(keeper_of(execution)))
     assert freezing.zygote_pid is not None
     os.kill(freezing.zygote_pid, signal.SIGKILL)
     os.kill(keeper_of(execution), signal.SIGKILL)
@@ -261,9 +261,15 @@ async def test_what_somebody_else_lets_go_on_is_stopped_again(
         freeze = await lose(execution)
         main = main_process(execution)
         assert state_of(main) == STOPPED
-        os.kill(main, signal.SIGCONT)
-        # It ran for no longer than until the keeper's next look.
-        await until(lambda: state_of(main) == STOPPED and times(ticks / "main")[-1] > freeze.since_ns)
+
+        def ran() -> bool:
+            # On a busy host the keeper may stop it again before it is given a processor.
+            os.kill(main, signal.SIGCONT)
+            return times(ticks / "main")[-1] > freeze.since_ns
+
+        await until(ran)
+        # No longer than until the keeper's next look.
+        await until(lambda: state_of(main) == STOPPED)
         still_ns = boottime_ns()
         await passed(still_ns + LATER_NS)
         assert_still(ticks, Freeze(still_ns, still_ns))
@@ -360,5 +366,5 @@ async def test_a_keeper_guards_another_lease_after_a_freeze(freezing: ProcessRun
         assert (await execution.wait()).exit_code == 0
         await execution.forget()
         keepers.add(keeper_of(execution))
-        assert lives(keeper_of(execution))
+        await idle(keeper_of(execution))
     assert len(keepers) == 1
