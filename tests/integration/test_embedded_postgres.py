@@ -183,6 +183,7 @@ async def test_the_next_owner_waits_for_a_server_whose_owner_was_killed(cluster:
     # The server cannot go before it is let run again, so the next start surely meets it.
     os.kill(pid, signal.SIGSTOP)
     owner.kill()
+    owner.wait()
     next_one = EmbeddedPostgres(cluster, durable=False)
     starting = asyncio.create_task(asyncio.to_thread(next_one.start))
     await asyncio.sleep(0)
