@@ -6,8 +6,8 @@ PYTHON ?= $(shell for candidate in python3.13 python3.12 python3.11 python3; do 
 	&& { echo "$$candidate"; break; }; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Test processes at once; each has a PostgreSQL to talk to.
-WORKERS ?= 2
+# Test processes at once; each has a PostgreSQL to talk to. More than processors: much of what a test does is to wait.
+WORKERS ?= 3
 # What `make test` runs, and more options for pytest.
 TESTS ?= tests
 PYTEST_ARGS ?=
@@ -20,8 +20,9 @@ CHAOS_SECONDS ?= 60
 CHAOS_ARGS ?=
 MUTANTS ?=
 CELLS ?=
-# For `make sim`: how many fresh seeds to run, or the one to replay step by step.
+# For `make sim`: how many fresh seeds to run, or for how long, or the one to replay step by step.
 SEEDS ?= 100
+SIM_SECONDS ?=
 SEED ?=
 # For `make lock`: --upgrade, or --upgrade-package NAME.
 LOCK_ARGS ?=
@@ -92,8 +93,8 @@ restarts: $(READY) ## Restart every part in every way under 50 jobs (CELLS='"age
 	@$(BIN)/python -m tests.chaos --restarts $(CELLS) $(CHAOS_ARGS)
 
 .PHONY: sim
-sim: $(READY) ## Simulate faults in virtual time on a real PostgreSQL (SEEDS=1000, or SEED=7 to replay one)
-	@$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
+sim: $(READY) ## Simulate faults in virtual time on a real PostgreSQL (SEEDS=1000, SIM_SECONDS=180, or SEED=7 to replay one)
+	@$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),$(if $(SIM_SECONDS),--seconds $(SIM_SECONDS),--seeds $(SEEDS)))
 
 .PHONY: sim-mutants
 sim-mutants: $(READY) ## Plant bugs; count the seeds until the simulation finds each (MUTANTS="margin-skipped …")

@@ -103,6 +103,12 @@ class _Index:
             self.attempts[row.job_number].append(row)
         self.rows = {row.lease_id: row for row in history.attempts}
 
+    def ran_on(self, execution: Execution) -> bool:
+        """Returns whether an execution was allowed to outlive its lease, which has expired."""
+        row = self.rows.get(execution.token)
+        job = None if row is None else self.submitted.get(row.job_number)
+        return job is not None and job.continues and row is not None and row.error_type == LEASE_EXPIRED
+
     def faults_near(self, row: AttemptRow) -> Iterator[Fault]:
         """Yields the faults that may have cost this attempt something."""
         from_ns = (row.granted_ns or row.ended_ns) - AFTERMATH_NS
@@ -129,7 +135,7 @@ def _no_two_executions_of_a_job_overlap(index: _Index) -> Iterator[Violation]:
     for job_id, executions in index.executions.items():
         by_start = sorted(executions, key=lambda one: one.started_ns)
         for earlier, later in itertools.pairwise(by_start):
-            if later.started_ns <= earlier.last_ns:
+            if later.started_ns <= earlier.last_ns and not index.ran_on(earlier):
                 together_ms = (min(earlier.last_ns, later.last_ns) - later.started_ns) // 1_000_000
                 yield Violation(
                     Kind.OVERLAP, f"{job_id}: {earlier.token} and {later.token} lived together for {together_ms} ms"
@@ -192,6 +198,9 @@ def _finished_work_is_not_run_again(index: _Index) -> Iterator[Violation]:
         for row, later in itertools.zip_longest(rows, rows[1:]):
             ran = index.by_token.get(row.lease_id)
             if ran is None or ran.exit_code is None or later is None or row.outcome is Outcome.FAILED:
+                continue
+            if index.ran_on(ran) and ran.last_ns > row.ended_ns:
+                # It ended while the attempt after it waited or ran: whose end is heard first is the job's.
                 continue
             where = f"{_id(row.job_number)}: {row.lease_id} ended with {ran.exit_code}"
             if row.outcome is Outcome.SUCCEEDED:
@@ -286,7 +295,8 @@ def _on_agent(index: _Index, agent_id: str) -> Iterator[tuple[int, int, int]]:
     for execution in index.history.executions:
         row = index.rows.get(execution.token)
         if row is not None and row.agent_id == agent_id and row.job_number in index.submitted:
-            yield execution.started_ns, execution.last_ns, index.submitted[row.job_number].cpu
+            last_ns = min(execution.last_ns, row.ended_ns) if index.ran_on(execution) else execution.last_ns
+            yield execution.started_ns, last_ns, index.submitted[row.job_number].cpu
 
 
 def _peak(lives: Iterable[tuple[int, int, int]]) -> int:

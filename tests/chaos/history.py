@@ -28,6 +28,8 @@ class Submitted:
     """When a cancel of it was answered with OK; CLOCK_BOOTTIME."""
     grace_s: float = 2.0
     """From SIGTERM to SIGKILL."""
+    continues: bool = False
+    """It may run on without its lease, beside the attempt that comes after."""
 
     def exit_of(self, attempt: int) -> int:
         """Returns the exit code of an attempt that ends by itself."""

@@ -18,7 +18,7 @@ from tests.chaos import workload
 from tests.chaos.history import Submitted
 from tests.chaos.world import World
 
-Policy = Literal["freeze", "stop"]
+Policy = Literal["freeze", "stop", "continue"]
 
 GRACE_S = 1.0
 _MAX_LOSSES = 100
@@ -95,9 +95,12 @@ def draw_plan(rng: random.Random, longest_s: float = 40.0) -> Plan:
         plan = replace(plan, exits=rng.choice(((3, 0), (1, 2, 0), (5,), (4, 6))))
     if rng.random() < 0.08:
         plan = replace(plan, cancel_after_s=rng.uniform(0.0, 4.0))
-    policies: tuple[Policy, ...] = ("freeze", "stop")
-    gpus = rng.choice((0, 0, 0, 1, 2))
-    return replace(plan, stubborn=rng.random() < 0.2, gpus=gpus, on_lease_lost=rng.choice(policies))
+    policies: tuple[Policy, ...] = ("freeze", "freeze", "stop", "stop", "continue")
+    gpus, policy = rng.choice((0, 0, 0, 1, 2)), rng.choice(policies)
+    if policy == "continue":
+        # What runs on without a lease uses what may be another's by then: that is its user's choice, and not for GPUs.
+        gpus = 0
+    return replace(plan, stubborn=rng.random() < 0.2, gpus=gpus, on_lease_lost=policy)
 
 
 class Load:
@@ -134,7 +137,9 @@ class Load:
                 self.refused += 1
         accepted = []
         for name, plan, answer in zip(names, plans, answers, strict=True):
-            job = Submitted(name, decode_job_id(answer.id), plan.lines, plan.exits, grace_s=GRACE_S)
+            continues = plan.on_lease_lost == "continue"
+            number = decode_job_id(answer.id)
+            job = Submitted(name, number, plan.lines, plan.exits, grace_s=GRACE_S, continues=continues)
             self.submitted[name] = job
             accepted.append(job)
             if plan.cancel_after_s is not None:

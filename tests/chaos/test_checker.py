@@ -104,6 +104,19 @@ def test_executions_that_overlap_are_seen() -> None:
     assert found.text == f"{JOB_ID}: 7 and 8 lived together for 50 ms"
 
 
+def test_what_continues_may_outlive_its_expired_lease_and_no_other() -> None:
+    continues = submitted(continues=True)
+    on = execution(7, 10, 40, exit_code=None, ended_ns=None)
+    again = execution(8, 31, 32, attempt=2)
+    assert check(twice(submitted=[continues], executions=[on, again])) == []
+    # Its second attempt runs on the same agent, which has room for one: the first is not counted beside it.
+    same = [EXPIRED, row(8, Outcome.SUCCEEDED, 32)]
+    assert check(twice(submitted=[continues], executions=[on, again], attempts=same, slots={"a": 1})) == []
+    given_back = [replace(EXPIRED, error_type="AGENT_STOPPED"), row(8, Outcome.SUCCEEDED, 32, agent_id="b")]
+    assert Kind.OVERLAP in kinds(check(twice(submitted=[continues], executions=[on, again], attempts=given_back)))
+    assert Kind.OVERLAP in kinds(check(twice(executions=[on, again])))
+
+
 def test_a_child_that_lives_on_is_an_overlap_too(tmp_path: Path) -> None:
     (tmp_path / "7.main").write_text(f"start 100 1 - 1 {JOB_ID}\ntick 200\nend 300 0\n")
     (tmp_path / "7.child0").write_text("start 110 2 - - -\ntick 900\ntick 95")

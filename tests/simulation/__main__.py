@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import random
 import statistics
 import sys
@@ -15,8 +16,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from tests.simulation.cluster import Cluster
-from tests.simulation.mutants import MUTANTS, Mutant
-from tests.simulation.world import Result, run
+from tests.simulation.mutants import MUTANTS
+from tests.simulation.search import Searchers, searchers
+from tests.simulation.world import run
 from tests.support.postgres import PostgresServer, wanted_version
 
 STARTS = 5
@@ -30,15 +32,12 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     options = _parser().parse_args(argv)
     with PostgresServer(wanted_version()) as server:
-        cluster = Cluster(server.create_migrated())
-        try:
+        if options.seed is not None:
+            return _replay(Cluster(server.create_migrated()), options.seed, options.mutant)
+        with searchers(server, options.jobs) as pool:
             if options.mutants is not None:
-                return _mutants(cluster, options.mutants, options.limit)
-            if options.seed is not None:
-                return _replay(cluster, options.seed, options.mutant)
-            return _explore(cluster, options.seeds, options.start, options.seconds)
-        finally:
-            cluster.close()
+                return _mutants(pool, options.mutants, options.limit)
+            return _explore(pool, options.seeds, options.start, options.seconds)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=_positive, default=100, help="how many fresh seeds to run (default: 100)")
     parser.add_argument("--start", type=int, default=None, help="the first of them (default: a random one)")
     parser.add_argument("--seconds", type=float, default=None, help="run fresh seeds for so long instead")
+    parser.add_argument("--jobs", type=_positive, default=os.cpu_count(), help="processes (default: one a processor)")
     parser.add_argument("--seed", type=int, default=None, help="replay this seed and print every step")
     parser.add_argument("--mutant", choices=[mutant.name for mutant in MUTANTS], help="with --seed: plant this bug")
     parser.add_argument(
@@ -62,20 +62,17 @@ def _positive(text: str) -> int:
     return number
 
 
-def _explore(cluster: Cluster, count: int, start: int | None, seconds: float | None) -> int:
+def _explore(pool: Searchers, count: int, start: int | None, seconds: float | None) -> int:
     """Runs seeds until one fails."""
     first = random.randrange(1 << 40) if start is None else start
     began_s = time.monotonic()
     seeds: Iterable[int] = itertools.count(first) if seconds is not None else range(first, first + count)
     happened: Counter[str] = Counter()
     done = steps = executions = 0
-    for seed in seeds:
-        if seconds is not None and time.monotonic() - began_s >= seconds:
-            break
-        result = run(cluster, seed)
+    for result in pool.explore(seeds, seconds):
         if result.violation is not None:
-            print(f"seed {seed}: {result.violation}")
-            print(f"replay it with: make sim SEED={seed}")
+            print(f"seed {result.seed}: {result.violation}")
+            print(f"replay it with: make sim SEED={result.seed}")
             return 1
         done += 1
         steps += result.steps
@@ -100,16 +97,7 @@ def _replay(cluster: Cluster, seed: int, mutant: str | None) -> int:
     return 1 if result.violation else 0
 
 
-def search(cluster: Cluster, mutant: Mutant, first: int, limit: int) -> tuple[int, Result] | None:
-    """Returns how many seeds a planted bug took to be found, and the run that found it; None: it was not."""
-    for tried in range(1, limit + 1):
-        result = run(cluster, first + tried - 1, mutant)
-        if result.violation is not None:
-            return tried, result
-    return None
-
-
-def _mutants(cluster: Cluster, names: Sequence[str], limit: int) -> int:
+def _mutants(pool: Searchers, names: Sequence[str], limit: int) -> int:
     known = {mutant.name: mutant for mutant in MUTANTS}
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -118,15 +106,10 @@ def _mutants(cluster: Cluster, names: Sequence[str], limit: int) -> int:
     missed = 0
     print(f"| planted bug | seeds until it was found, median of {STARTS} searches | found as |")
     print("| --- | --- | --- |")
-    for mutant in [known[name] for name in names] or MUTANTS:
-        needed, how = [], Counter[str]()
-        for start in range(STARTS):
-            found = search(cluster, mutant, (start + 1) * _FAR, limit)
-            if found is None:
-                needed.append(limit + 1)
-            else:
-                needed.append(found[0])
-                how[(found[1].violation or "").partition(" at ")[0].partition(":")[0]] += 1
+    firsts = [(start + 1) * _FAR for start in range(STARTS)]
+    for mutant, searches in pool.search([known[name] for name in names] or MUTANTS, firsts, limit):
+        needed = [limit + 1 if found is None else found.seeds for found in searches]
+        how = Counter(found.violation.partition(" at ")[0].partition(":")[0] for found in searches if found)
         median = statistics.median(needed)
         shown = f"more than {limit}" if median > limit else f"{median:g}"
         missed += median > limit
