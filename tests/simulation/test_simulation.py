@@ -30,7 +30,7 @@ FRESH = 3
 """CI runs more of them on their own: ``make sim SIM_SECONDS=180``."""
 
 QUICKLY_FOUND = ("end-unfenced", "outbox-dropped", "revoke-ignored")
-"""Planted bugs that few seeds find; all of them: ``make sim MUTANTS=1``."""
+"""Planted bugs that few seeds find; all of them: ``make sim-mutants``."""
 
 
 @pytest.fixture(scope="module")
