@@ -10,7 +10,7 @@ from typing import NamedTuple
 from lessor_agent.boottime import NS_PER_MS, boot_id, boottime_ns
 from lessor_agent.keeper.groups import groups_of
 from lessor_agent.keeper.record import write_record
-from lessor_agent.keeper.tree import STOPPED, offspring, read_process
+from lessor_agent.keeper.tree import is_stopped, offspring, read_process
 from lessor_agent.runtimes.base import Execution, OnLost, StartRequest
 from lessor_agent.runtimes.process import ProcessRuntime
 from tests.support.cluster import until
@@ -107,7 +107,7 @@ def stands_still(execution: Execution) -> bool:
     looks = [[process for process in offspring(keeper_of(execution)) if process.alive] for _ in range(2)]
     # What ran in between, or was born, may have left one that neither look has found.
     return looks[0] == looks[1] and all(
-        process.state == STOPPED or any(group.stands_still() for group in groups_of([process.thread]))
+        is_stopped(process.pid) or any(group.stands_still() for group in groups_of([process.thread]))
         for process in looks[1]
     )
 

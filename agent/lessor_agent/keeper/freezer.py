@@ -1,7 +1,7 @@
 """Has the whole tree below a keeper stand still, and go on.
 
 A control group does it where one may be made (:mod:`.groups`), else SIGSTOP of
-every process, over and over until a pass finds none that is new or runs. The
+every process, over and over until all are known to be stopped. The
 group is made, and the tree moved into it, shortly *before* it may be needed:
 to move a process, the kernel may wait for all others on a busy host, to freeze
 a group it does not; and most jobs never come so near to losing their lease.
@@ -18,14 +18,26 @@ import contextlib
 import os
 import signal
 import time
+from enum import Enum
 
 from lessor_agent.keeper.groups import Group, make_group, thaw_all
-from lessor_agent.keeper.tree import RUNNABLE, STOPPED, Process, offspring, send
+from lessor_agent.keeper.tree import RUNNABLE, STOPPED, Process, children_of, is_stopped, offspring, read_process, send
 
 _MAX_PASSES = 64
-"""Passes in a row; a tree that still grows then is looked at again at once."""
+"""Passes in a row, so that the keeper hears of other things too."""
 GATHER_BUDGET_S = 1.0
 """Longest that a tree is moved into its group; what is left is stopped."""
+
+
+class Stillness(Enum):
+    """What a look at a tree that was told to stand still has found."""
+
+    STILL = "still"
+    """Nothing of it runs, and nothing will before it is let."""
+    SLOW = "slow"
+    """All of it was told; what is in the kernel, or waits for a processor, has not heard yet."""
+    GROWS = "grows"
+    """It makes processes faster than they can be stopped."""
 
 
 class Freezer:
@@ -57,7 +69,11 @@ class Freezer:
             return
         asked: set[tuple[int, int]] = set()
         for _ in range(_MAX_PASSES):
-            fresh = [p for p in offspring(os.getpid()) if self._is_outside(p) and _name(p) not in asked]
+            fresh = [
+                process
+                for process in offspring(os.getpid())
+                if process.alive and not group.holds(process.thread) and _name(process) not in asked
+            ]
             for process in fresh:
                 if time.monotonic() >= until_s:
                     return
@@ -68,12 +84,8 @@ class Freezer:
             if not fresh:
                 return
 
-    def freeze(self) -> bool:
-        """Has the tree stand still. Called again, it does so with what has come to it, or was woken, meanwhile.
-
-        Returns:
-            True if all of it does, or will before it runs another instruction of its own; False: look again.
-        """
+    def freeze(self) -> Stillness:
+        """Has the tree stand still. Called again, it does so with what has come to it, or was woken, meanwhile."""
         self.frozen = True
         if self._group is not None:
             try:
@@ -81,7 +93,7 @@ class Freezer:
                 self._group.freeze()
             except OSError:
                 self._failed, self._group = self._group, None
-        return self._stop_the_rest() and self._group_stands_still()
+        return _Look(self._group, self._stopped).stop_all()
 
     def thaw(self) -> None:
         """Has the tree go on.
@@ -108,55 +120,90 @@ class Freezer:
                     group.remove()
         self._group = self._failed = None
 
-    def _is_outside(self, process: Process) -> bool:
-        """Returns whether it lives, and no group freezes it."""
-        return process.alive and (self._group is None or not self._group.holds(process.thread))
 
-    def _stop_the_rest(self) -> bool:
-        """Stops every process that no group freezes. Returns whether none of them runs.
+class _Look:
+    """One look at the tree, in as many passes as it takes.
 
-        A pass may miss the child of a process that ends meanwhile. It is this
-        process's own child then, and nobody buries it or those that it leaves: the
-        next pass finds one that none has found before, so that a pass which finds
-        nothing new has missed none.
-        """
-        keeper = os.getpid()
-        known: set[tuple[int, int]] = set()
-        dead: set[int] = set()
+    A process is *settled* once all its threads were seen stopped, and its children
+    listed after that: it will have no others. A pass begins with the keeper's own
+    children, and is the last one if it finds nothing that was not settled, or known
+    to be dead, before it began. Then none was missed. A process that nobody listed
+    has lost its parent, so it is the keeper's child, and stays one: nobody buries it
+    meanwhile. Its parent was never settled, or its death would not matter; so this
+    parent was found dead, or new, or just settled, or gone, and there was another
+    pass after that.
+    """
+
+    def __init__(self, group: Group | None, stopped: dict[tuple[int, int], Process]) -> None:
+        self._group = group
+        self._group_is_still = group is not None and _stands_still(group)
+        self._stopped = stopped
+        self._children: dict[int, list[int]] = {}
+        """Pid of a settled process → its children."""
+        self._states: dict[int, tuple[int, bool] | None] = {}
+        """Pid → when it started and whether it lived, when it was last looked at; None: it was gone."""
+        self._found_news = self._all_settled = False
+
+    def stop_all(self) -> Stillness:
+        """Stops every process that no group freezes."""
         for _ in range(_MAX_PASSES):
-            news = runs = False
-            for process in offspring(keeper, dead):
-                if not process.alive and process.parent == keeper:
-                    dead.add(process.pid)
-                elif self._is_outside(process):
-                    stopped, running = self._stop(process)
-                    news |= stopped
-                    runs |= running
-                news |= _name(process) not in known
-                known.add(_name(process))
-            if not news:
-                return not runs
-        return False
+            self._found_news, self._all_settled = False, True
+            self._pass()
+            if not self._found_news:
+                return Stillness.STILL if self._all_settled else Stillness.SLOW
+        return Stillness.GROWS
 
-    def _stop(self, process: Process) -> tuple[bool, bool]:
-        """Stops it, unless it is. Returns whether it was not to be stopped before, and whether it ran though it was."""
-        fresh = _name(process) not in self._stopped and process.state != STOPPED
-        woken = _name(process) in self._stopped and process.state in RUNNABLE
-        if fresh:
+    def _pass(self) -> None:
+        # The youngest first, and each is stopped before its children are listed: that overtakes a tree that forks.
+        stack = children_of(os.getpid())
+        seen: set[int] = set()
+        while stack:
+            pid = stack.pop()
+            if pid not in seen:
+                seen.add(pid)
+                stack += self._children[pid] if pid in self._children else self._meet(pid)
+
+    def _meet(self, pid: int) -> list[int]:
+        """Looks at a process that is not settled; returns its children."""
+        process = read_process(pid)
+        state = None if process is None else (process.start_ticks, process.alive)
+        if pid not in self._states or self._states[pid] != state:
+            self._states[pid], self._found_news = state, True
+        if process is None:
+            return []
+        if not process.alive:
+            if process.parent == os.getpid():
+                # It stays dead, and listed.
+                self._children[pid] = []
+            return []
+        in_group = self._group is not None and self._group.holds(process.thread)
+        if not in_group:
+            self._stop(process)
+        still = self._group_is_still if in_group else is_stopped(pid)
+        children = children_of(pid)
+        if still:
+            # News: should it have been killed since, what it left is with the keeper, whose list was read before.
+            self._children[pid], self._found_news = children, True
+        else:
+            self._all_settled = False
+        return children
+
+    def _stop(self, process: Process) -> None:
+        if _name(process) in self._stopped:
+            if process.state in RUNNABLE:
+                # Somebody let it go on, or it has not been given a processor since.
+                send(process, signal.SIGSTOP)
+        elif process.state != STOPPED:
             # Before the signal: else a failure in between could leave one that nobody lets go on.
             self._stopped[_name(process)] = process
-        if fresh or woken:
-            # One that still shows as runnable then has the signal, and has not been given a processor since.
             send(process, signal.SIGSTOP)
-        return fresh, woken
 
-    def _group_stands_still(self) -> bool:
-        if self._group is None:
-            return True
-        try:
-            return self._group.stands_still()
-        except OSError:
-            return False
+
+def _stands_still(group: Group) -> bool:
+    try:
+        return group.stands_still()
+    except OSError:
+        return False
 
 
 def _name(process: Process) -> tuple[int, int]:

@@ -25,7 +25,7 @@ import time
 from lessor_agent.boottime import NS_PER_MS, boottime_ns
 from lessor_agent.keeper.child import REVOKED, Child, Failure, describe_failure
 from lessor_agent.keeper.directory import LeaseDirectory, Outcome, peer
-from lessor_agent.keeper.freezer import Freezer
+from lessor_agent.keeper.freezer import Freezer, Stillness
 from lessor_agent.keeper.kernel import LEAVING_TITLE, set_title
 from lessor_agent.keeper.record import DeadlineRecord
 from lessor_agent.keeper.spawned_child import SpawnedChild
@@ -37,8 +37,10 @@ from lessor_agent.keeper.wakes import Wakes
 _MAX_POLL_MS = 500
 _KILL_POLL_MS = (5, 200)
 """Between rounds of killing: at first, and at most, when something cannot die yet."""
-_FREEZE_POLL_MS = (2, 200)
+_FREEZE_POLL_MS = (2, 50)
 """Between looks at a tree that is not known to stand still yet."""
+_STILL_REST = 20
+"""A tree that stands still is looked at again after so many times what a look took, and not before the usual poll."""
 _THAW_AGAIN_MS = 200
 _READ_BYTES = 1 << 16
 _MAX_LINE_BYTES = 1 << 16
@@ -185,12 +187,20 @@ class Keeper:
                 self._begin_stop(LEASE_LOST, boottime_ns())
                 return 0
         begins = not self._freezer.frozen
-        still = self._freezer.freeze()
+        began_ns = boottime_ns()
+        stillness = self._freezer.freeze()
+        now_ns = boottime_ns()
         if begins:
             self._freeze_poll_ms = _FREEZE_POLL_MS[0]
             self._tell_all()
-        if still and not self._starting:
-            return _MAX_POLL_MS
+        if stillness is Stillness.STILL and not self._starting:
+            return max(_MAX_POLL_MS, _STILL_REST * (now_ns - began_ns) // NS_PER_MS)
+        if stillness is Stillness.GROWS:
+            if now_ns >= self._record.deadline_ns():
+                # It cannot be had to stand still, and may not run on.
+                self._log("the tree makes processes faster than they can be stopped: it is killed")
+                self._begin_stop(LEASE_LOST, now_ns)
+            return 0
         poll_ms, self._freeze_poll_ms = self._freeze_poll_ms, min(self._freeze_poll_ms * 2, _FREEZE_POLL_MS[1])
         return poll_ms
 

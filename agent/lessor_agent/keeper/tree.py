@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from lessor_agent.keeper.groups import groups_of, thaw_all
@@ -20,7 +20,10 @@ from lessor_agent.keeper.groups import groups_of, thaw_all
 _MAX_PASSES = 64
 """Passes before killing what was found so far; a tree still growing then is killed in rounds."""
 
+_READ_BYTES = 1 << 12
+_OWN_CHILDREN = "/proc/thread-self/children"
 _DEAD_STATES = frozenset("ZXx")
+_STILL_STATES = _DEAD_STATES | frozenset("Tt")
 STOPPED = "T"
 _RUNS = "R"
 RUNNABLE = frozenset("RS")
@@ -86,12 +89,23 @@ def _living_thread(pid: int) -> tuple[int, str] | None:
 def _read_stat(path: str) -> list[bytes] | None:
     """Returns the fields after the name, or None if there is no such process or thread."""
     try:
-        with open(path, "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
+        fields = _read(path).rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         # Where /proc is mounted with hidepid, those of other users cannot be read, and are none of ours.
         return None
     return fields if len(fields) >= 20 else None
+
+
+def _read(path: str) -> bytes:
+    """Returns what a file of /proc holds, at a third of what a file object takes: a tree may have thousands."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = os.read(fd, _READ_BYTES)
+        while len(data) % _READ_BYTES == 0 and (more := os.read(fd, _READ_BYTES)):
+            data += more
+    finally:
+        os.close(fd)
+    return data
 
 
 def all_processes() -> dict[int, Process]:
@@ -117,44 +131,53 @@ def below(table: dict[int, Process], roots: Iterable[int]) -> list[Process]:
     return found
 
 
-def offspring(root: int, spared: Container[int] = ()) -> Iterator[Process]:
+def offspring(root: int) -> Iterator[Process]:
     """Yields every process below ``root`` without looking at all others of the host, parents before their children.
 
-    Of siblings the youngest comes first, and what is below a process is looked at
-    after it was yielded: whoever stops each at once has the best chance to overtake
-    a tree that forks. One may be missed if its parent ends at that moment; what
-    stands still is never missed.
-
-    Args:
-        root: The pid below which to look.
-        spared: Pids that are passed over, with what is below them.
+    One may be missed if its parent ends at that moment; what stands still is never
+    missed.
     """
-    if not os.path.exists(f"/proc/{root}/task/{root}/children"):
-        # A kernel without CONFIG_PROC_CHILDREN.
-        yield from (process for process in below(all_processes(), [root]) if process.pid not in spared)
-        return
-    stack = _children(root)
+    stack = children_of(root)
     seen = {root}
     while stack:
         pid = stack.pop()
-        if pid in seen or pid in spared:
-            continue
-        seen.add(pid)
-        if (process := read_process(pid)) is not None:
+        if pid not in seen and (process := read_process(pid)) is not None:
+            seen.add(pid)
             yield process
-            stack += _children(pid)
+            stack += children_of(pid)
 
 
-def _children(pid: int) -> list[int]:
+def children_of(pid: int) -> list[int]:
+    """Returns the pids of a process's children, the eldest first; those of one that is dead are its keeper's."""
+    if not os.path.exists(_OWN_CHILDREN):
+        # A kernel without CONFIG_PROC_CHILDREN.
+        return [process.pid for process in all_processes().values() if process.parent == pid]
     children: list[int] = []
     try:
         for thread in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{thread}/children", "rb") as file:
-                children += map(int, file.read().split())
+            children += map(int, _read(f"/proc/{pid}/task/{thread}/children").split())
     except (FileNotFoundError, ProcessLookupError):
         # It, or that thread, ended meanwhile: what it leaves goes to another of them, or up to the keeper.
         return children
     return children
+
+
+def is_stopped(pid: int) -> bool:
+    """Returns whether no thread of a process can run before somebody lets it: each is stopped, or has exited.
+
+    The first thread alone does not tell: another may be amid a fork, which SIGSTOP
+    does not break off, so that its child is yet to be born.
+    """
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return False
+    for thread in threads:
+        fields = _read_stat(f"/proc/{pid}/task/{thread}/stat")
+        # One that ended meanwhile may have made another.
+        if fields is None or fields[0].decode() not in _STILL_STATES:
+            return False
+    return True
 
 
 def send(process: Process, signum: int) -> bool:
@@ -196,11 +219,11 @@ def terminate(processes: Iterable[Process]) -> None:
 def freeze_and_kill(find: Callable[[], list[Process]]) -> int:
     """Kills everything ``find`` returns, and what those fork meanwhile.
 
-    Passes of SIGSTOP come first, until one finds nothing new: a process with a
-    signal pending cannot complete a fork, so a tree that stands still can be
-    killed whole. Children die before their parents: a death that leaves a process
-    group without a parent to look after it has the kernel send SIGHUP and SIGCONT
-    to those of it that are stopped. It does not wait for the dead to be reaped.
+    Passes of SIGSTOP come first, until one finds nothing new, so that few are born
+    while it kills; SIGKILL breaks off a fork that is under way. Children die before
+    their parents: a death that leaves a process group without a parent to look after
+    it has the kernel send SIGHUP and SIGCONT to those of it that are stopped. It does
+    not wait for the dead to be reaped.
 
     Returns:
         How many processes were killed.
