@@ -45,6 +45,9 @@ LEADER_TICK_MAX = timedelta(seconds=1)
 LEADER_TAKEOVER = timedelta(milliseconds=1500)
 """A leader that has not advanced for this long is replaced."""
 
+FLEET_SETTLES = timedelta(seconds=5)
+"""After a silence of all agents in which leases expired nothing is granted for so long, unless all are back before."""
+
 STORM_MIN_SESSIONS = 10
 """At most so many silent sessions are never a storm, however small the fleet."""
 

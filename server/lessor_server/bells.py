@@ -85,6 +85,8 @@ class Bells:
     """Agents came, went or have other room than the planner knows: it reads the fleet, in time."""
     orders: Bell = field(default_factory=Bell)
     """An operator changed an agent or a queue: the planner reads the fleet before it grants again."""
+    expiries: Bell = field(default_factory=Bell)
+    """Leases expired, by this replica's word."""
     events: Bell = field(default_factory=Bell)
     """Rows of ``event`` were committed."""
     grants: Bell = field(default_factory=Bell)

@@ -35,6 +35,8 @@ class Kind(StrEnum):
 
     OVERLAP = "overlap"
     """Two executions of one job lived at the same time."""
+    STRAY = "stray"
+    """A job that may run on without its lease did so long after its agent could hear that it is over."""
     LOST_JOB = "lost job"
     """An accepted job is not there, or has not ended."""
     DUPLICATE = "duplicate"
@@ -75,6 +77,8 @@ def check(history: History) -> list[Violation]:
     rules = (
         _accepted_jobs_are_there_once,
         _no_two_executions_of_a_job_overlap,
+        _what_runs_on_is_stopped_in_the_end,
+        _each_lease_begins_once,
         _tokens_grow_and_name_attempts,
         _each_job_ended_once,
         _outcomes_are_what_the_workloads_say,
@@ -103,11 +107,13 @@ class _Index:
             self.attempts[row.job_number].append(row)
         self.rows = {row.lease_id: row for row in history.attempts}
 
-    def ran_on(self, execution: Execution) -> bool:
-        """Returns whether an execution was allowed to outlive its lease, which has expired."""
+    def ran_on(self, execution: Execution, at_ns: int) -> bool:
+        """Returns whether an execution was allowed to run at an instant because its lease had expired by then."""
         row = self.rows.get(execution.token)
-        job = None if row is None else self.submitted.get(row.job_number)
-        return job is not None and job.continues and row is not None and row.error_type == LEASE_EXPIRED
+        if row is None or row.error_type != LEASE_EXPIRED or at_ns < row.ended_ns - CLOCK_SLACK_NS:
+            return False
+        job = self.submitted.get(row.job_number)
+        return job is not None and job.continues
 
     def faults_near(self, row: AttemptRow) -> Iterator[Fault]:
         """Yields the faults that may have cost this attempt something."""
@@ -135,11 +141,29 @@ def _no_two_executions_of_a_job_overlap(index: _Index) -> Iterator[Violation]:
     for job_id, executions in index.executions.items():
         by_start = sorted(executions, key=lambda one: one.started_ns)
         for earlier, later in itertools.pairwise(by_start):
-            if later.started_ns <= earlier.last_ns and not index.ran_on(earlier):
+            if later.started_ns <= earlier.last_ns and not index.ran_on(earlier, later.started_ns):
                 together_ms = (min(earlier.last_ns, later.last_ns) - later.started_ns) // 1_000_000
                 yield Violation(
                     Kind.OVERLAP, f"{job_id}: {earlier.token} and {later.token} lived together for {together_ms} ms"
                 )
+
+
+def _what_runs_on_is_stopped_in_the_end(index: _Index) -> Iterator[Violation]:
+    for execution in index.history.executions:
+        row = index.rows.get(execution.token)
+        if row is None or not index.ran_on(execution, execution.last_ns):
+            continue
+        heals = [fault.to_ns for fault in index.faults_near(row) if fault.from_ns <= execution.last_ns]
+        late_ns = execution.last_ns - max([row.ended_ns, *heals]) - AFTERMATH_NS
+        if late_ns > 0:
+            late_s = late_ns / SECOND_NS
+            yield Violation(Kind.STRAY, f"{execution.job_id}: {execution.token} ran on for {late_s:.1f} s too long")
+
+
+def _each_lease_begins_once(index: _Index) -> Iterator[Violation]:
+    for execution in index.history.executions:
+        if execution.starts > 1:
+            yield Violation(Kind.OVERLAP, f"{execution.job_id}: {execution.token} began {execution.starts} times")
 
 
 def _tokens_grow_and_name_attempts(index: _Index) -> Iterator[Violation]:
@@ -199,7 +223,7 @@ def _finished_work_is_not_run_again(index: _Index) -> Iterator[Violation]:
             ran = index.by_token.get(row.lease_id)
             if ran is None or ran.exit_code is None or later is None or row.outcome is Outcome.FAILED:
                 continue
-            if index.ran_on(ran) and ran.last_ns > row.ended_ns:
+            if ran.last_ns > row.ended_ns and index.ran_on(ran, ran.last_ns):
                 # It ended while the attempt after it waited or ran: whose end is heard first is the job's.
                 continue
             where = f"{_id(row.job_number)}: {row.lease_id} ended with {ran.exit_code}"
@@ -295,7 +319,8 @@ def _on_agent(index: _Index, agent_id: str) -> Iterator[tuple[int, int, int]]:
     for execution in index.history.executions:
         row = index.rows.get(execution.token)
         if row is not None and row.agent_id == agent_id and row.job_number in index.submitted:
-            last_ns = min(execution.last_ns, row.ended_ns) if index.ran_on(execution) else execution.last_ns
+            ran_on = index.ran_on(execution, execution.last_ns)
+            last_ns = min(execution.last_ns, row.ended_ns) if ran_on else execution.last_ns
             yield execution.started_ns, last_ns, index.submitted[row.job_number].cpu
 
 

@@ -57,6 +57,8 @@ class Execution:
     """Bytes of standard output that were written for sure."""
     tried: int
     """Bytes of standard output that may have been written."""
+    starts: int = 1
+    """How often it began: processes that said so under this token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,7 @@ def _execution(token: int, facts: Mapping[str, list[list[str]]]) -> Execution:
         asked_ns=int(asked[0][1]) if asked else None,
         written=max((int(fact[2]) for fact in main if fact[0] == "out"), default=0),
         tried=max((int(fact[2]) for fact in main if fact[0] == "try"), default=0),
+        starts=sum(fact[0] == "start" for fact in main),
     )
 
 

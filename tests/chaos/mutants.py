@@ -122,7 +122,7 @@ MUTANTS = (
     ),
     Mutant(
         "ends-unread",
-        "An agent reads what ended without it before it says hello",
+        "An agent reads what ended without it before it says hello, and tells of it whatever is said of its lease",
         "ended_without_an_agent",
         frozenset({Kind.RE_RUN}),
         (
@@ -130,6 +130,11 @@ MUTANTS = (
                 "lessor_agent/supervisor.py",
                 "            await asyncio.wait(over, timeout=HEAR_OF_ENDS_S)\n",
                 "            over.clear()\n",
+            ),
+            Edit(
+                "lessor_agent/protocol/lease.py",
+                "return self.stage is ENDED and not self.end_acked and",
+                "return False and",
             ),
         ),
     ),

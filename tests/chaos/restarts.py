@@ -235,9 +235,7 @@ def _judge(cell: Cell, trial: Trial, history: History, back_s: float) -> Finding
     allowed = cell.killed(len(trial.lasting))
     if killed not in allowed:
         wrong.append(f"{killed} killed, not {' to '.join(str(end) for end in sorted({allowed[0], allowed[-1]}))}")
-    # Where leases ended, the first agent that is back may be given what another has finished and not told of yet.
-    untold = len(trial.load.submitted) - len(trial.lasting) if len(allowed) > 1 else 0
-    if not killed <= re_runs <= killed + untold:
+    if re_runs != killed:
         wrong.append(f"{re_runs} re-runs of {killed} that were killed")
     programs = (*trial.world.agents, *trial.world.replicas)
     wrong += [f"{program.name} ended by itself" for program in programs if not program.running]

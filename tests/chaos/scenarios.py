@@ -218,14 +218,31 @@ async def cancel(stage: Stage) -> None:
     await stage.cancel(job)
 
 
+_TRIES = 3
+_TWO_LEAD = 1.4
+"""Seconds of lease time in one: more than one leader counts it."""
+
+
+async def _lease_time_per_second(stage: Stage) -> float:
+    async with stage.world.database() as connection:
+        before_ms, from_s = await connection.fetchval("SELECT clock FROM leader"), time.monotonic()
+        await asyncio.sleep(2.0)
+        after_ms = await connection.fetchval("SELECT clock FROM leader")
+    return float(after_ms - before_ms) / 1000 / (time.monotonic() - from_s)
+
+
 async def two_stopped_leaders(stage: Stage) -> None:
     """Each replica stands still for a while, so that both have led; then an agent is cut off."""
     job = await stage.run(_LONG)
-    for replica in stage.world.replicas:
-        replica.send(signal.SIGSTOP)
-        await asyncio.sleep(3.0)
-        replica.send(signal.SIGCONT)
-        await asyncio.sleep(1.0)
+    for _ in range(_TRIES):
+        for replica in stage.world.replicas:
+            replica.send(signal.SIGSTOP)
+            await asyncio.sleep(3.0)
+            replica.send(signal.SIGCONT)
+            await asyncio.sleep(1.0)
+        # One whose connection broke meanwhile asks who leads before it goes on; then there is nothing to see yet.
+        if await _lease_time_per_second(stage) > _TWO_LEAD:
+            break
     await stage.executions(job, 1)
     host = await stage.host_of(job)
     # A renewal first: the stops themselves must not cost the lease.

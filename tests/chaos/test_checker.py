@@ -112,9 +112,21 @@ def test_what_continues_may_outlive_its_expired_lease_and_no_other() -> None:
     # Its second attempt runs on the same agent, which has room for one: the first is not counted beside it.
     same = [EXPIRED, row(8, Outcome.SUCCEEDED, 32)]
     assert check(twice(submitted=[continues], executions=[on, again], attempts=same, slots={"a": 1})) == []
+    too_soon = execution(8, 15, 16, attempt=2)
+    assert Kind.OVERLAP in kinds(check(twice(submitted=[continues], executions=[on, too_soon])))
+    for_ever = execution(7, 10, 30 + 2 * AFTERMATH_NS / S, exit_code=None, ended_ns=None)
+    assert kinds(check(twice(submitted=[continues], executions=[for_ever, again]))) == {Kind.STRAY}
     given_back = [replace(EXPIRED, error_type="AGENT_STOPPED"), row(8, Outcome.SUCCEEDED, 32, agent_id="b")]
     assert Kind.OVERLAP in kinds(check(twice(submitted=[continues], executions=[on, again], attempts=given_back)))
     assert Kind.OVERLAP in kinds(check(twice(executions=[on, again])))
+
+
+def test_a_lease_that_begins_twice_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "7.main").write_text("".join(f"start {at} {pid} - 1 {JOB_ID}\n" for at, pid in ((1, 11), (2, 12))))
+    (twice_begun,) = read_executions(tmp_path)
+    assert twice_begun.starts == 2
+    whole = execution(7, 10, 11, starts=2)
+    assert kinds(check(history(executions=[whole]))) == {Kind.OVERLAP}
 
 
 def test_a_child_that_lives_on_is_an_overlap_too(tmp_path: Path) -> None:

@@ -112,7 +112,9 @@ class Reaper:
                     extra={"event": "expire", "job_number": row["job_id"], "lease_id": row["lease_id"]},
                 )
             self._ring_logs({row["job_id"] for row in rows})
-            any_expired |= bool(rows)
+            if rows:
+                any_expired = True
+                self._bells.expiries.ring()
             if len(rows) < _MAX_LEASES_PER_STATEMENT:
                 return any_expired
 

@@ -10,6 +10,7 @@ held, a session that has moved on, a job that is gone.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from lessor_server.domain.shape import Shape
 from lessor_server.planner.model import Grant, Policy, Queue
 from lessor_server.planner.placement import Ground
 from lessor_server.services.reading import Reading
+from lessor_server.services.settling import Settling
 from lessor_server.store.database import Database
 from lessor_server.store.fleet_queries import load_fleet, load_queues
 
@@ -61,6 +63,7 @@ class Picture:
         """A claim did not give what was planned: an agent may have gone that is planned for again and again."""
         self._fleet_seen = self._orders_seen = 0
         self._last_read = Reading()
+        self._settling = Settling()
 
     @property
     def is_small(self) -> bool:
@@ -74,8 +77,13 @@ class Picture:
         self.ground = None
         self._held.clear()
         self._offers.clear()
+        self._settling = Settling()
         # What is under way now belongs to the old picture.
         self._reads += 1
+
+    def settled_in_s(self) -> float:
+        """Returns for how many seconds at most nothing is to be granted, see :mod:`.settling`; 0: it may be."""
+        return self._settling.left_s(asyncio.get_running_loop().time())
 
     def due_in_s(self, *, blocked: bool) -> float:
         """Returns in how many seconds it is to be read anew; 0: now.
@@ -99,6 +107,7 @@ class Picture:
         self._reading = True
         self._suspect = self._refuted = False
         fleet_seen, orders_seen = self._bells.fleet.count, self._bells.orders.count
+        expiries_seen = self._bells.expiries.count
         try:
             with self._last_read.timed():
                 queues = await load_queues(self._database)
@@ -110,6 +119,8 @@ class Picture:
             self.ground.retire()
         self.ground = Ground(fleet, self._policy.max_offers)
         self._fleet_seen, self._orders_seen = fleet_seen, orders_seen
+        heard = frozenset(agent.agent_id for agent in fleet if agent.fresh)
+        self._settling.look(heard, expiries_seen, asyncio.get_running_loop().time())
         if len(self._held) > 1000 + 2 * sum(queue.running for queue in queues.values()):
             # Of leases that ended on other replicas nothing is heard here.
             self._held.clear()

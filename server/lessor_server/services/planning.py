@@ -97,6 +97,9 @@ class Planning:
         if self._lines.empty:
             self._blocked = False
             return self._next_look_s()
+        if (left_s := self._picture.settled_in_s()) > 0:
+            self._blocked = True
+            return min(left_s, self._next_look_s())
         return await self._plan(epoch)
 
     async def _look(self) -> None:

@@ -14,17 +14,19 @@ from lessor.lifecycle import LeasePhase, Outcome
 from lessor.v1 import job_pb2
 from lessor_server.domain.errors import DatabaseUnavailable
 from lessor_server.maintenance.leadership import Leadership
+from lessor_server.maintenance.reaper import Reaper
 from lessor_server.planner.cycle import plan, plan_on
 from lessor_server.planner.model import Grant, Plan, Policy
 from lessor_server.services import lines as lines_module
 from lessor_server.services.lines import Arrival
 from lessor_server.services.picture import Picture
 from lessor_server.services.planning import Planning
+from lessor_server.services.settling import SETTLE_S
 from lessor_server.sessions.delivery import Delivery
 from lessor_server.sessions.stream import Streams
 from lessor_server.store import claims
 from lessor_server.store.fleet_queries import load_fleet, load_groups, load_queues
-from lessor_server.store.reports import End, Phase
+from lessor_server.store.reports import End, Phase, Verdict
 from tests.support.store import Leased, Store
 
 POLICY = Policy()
@@ -258,6 +260,45 @@ async def test_an_agent_that_has_moved_on_is_not_planned_for_again_and_again(job
     async with asyncio.timeout(60):
         while not await leases(jobs):
             await leader.planning.step()
+
+
+async def test_after_a_silence_of_all_nothing_is_run_again_before_they_have_told(jobs: Store) -> None:
+    sessions = {name: await jobs.hello(name, cpu_millis=1000) for name in ("one", "two")}
+    leader = Leader(jobs)
+    done, other = await jobs.submit(2)
+    await leader.settle()
+    held = {row["job_id"]: row for row in await leases(jobs)}
+    holder = held[done]["agent_id"]
+    leased = Leased(done, held[done]["lease_id"], sessions[holder], holder)
+    await jobs.report(leased, Phase(LeasePhase.ACCEPTED), Phase(LeasePhase.RUNNING))
+    # Nobody is heard, and all leases expire.
+    await jobs.set_clock(1_000_000)
+    reaper = Reaper(jobs.database, leader.leadership, jobs.bells)
+    await reaper.step()
+    assert await leases(jobs) == []
+    await leader.settle()
+    # The first that is back has room. The second is about to tell that its job has ended.
+    (first,) = sessions.keys() - {holder}
+    await jobs.hello(first, cpu_millis=1000)
+    jobs.bells.changed(fleet=True)
+    assert 0 < await until_looked(leader) <= SETTLE_S
+    assert await leases(jobs) == []
+    await jobs.hello(holder, cpu_millis=1000)
+    assert await jobs.report(leased, End(Outcome.SUCCEEDED, exit_code=0)) == [Verdict.RECORDED]
+    jobs.bells.changed(fleet=True)
+    async with asyncio.timeout(60):
+        while not await leases(jobs):
+            await leader.planning.step()
+    assert [row["job_id"] for row in await leases(jobs)] == [other]
+
+
+async def until_looked(leader: Leader) -> float:
+    """Returns what a step says that has read the fleet."""
+    async with asyncio.timeout(60):
+        while True:
+            rest_s = await leader.planning.step()
+            if leader.picture.settled_in_s() > 0:
+                return rest_s
 
 
 async def test_another_leader_begins_with_what_is_so(jobs: Store) -> None:
