@@ -33,7 +33,11 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     with PostgresServer(wanted_version()) as server:
         if options.seed is not None:
-            return _replay(Cluster(server.create_migrated()), options.seed, options.mutant)
+            cluster = Cluster(server.create_migrated())
+            try:
+                return _replay(cluster, options.seed, options.mutant)
+            finally:
+                cluster.close()
         with searchers(server, options.jobs) as pool:
             if options.mutants is not None:
                 return _mutants(pool, options.mutants, options.limit)
@@ -45,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=_positive, default=100, help="how many fresh seeds to run (default: 100)")
     parser.add_argument("--start", type=int, default=None, help="the first of them (default: a random one)")
     parser.add_argument("--seconds", type=float, default=None, help="run fresh seeds for so long instead")
-    parser.add_argument("--jobs", type=_positive, default=os.cpu_count(), help="processes (default: one a processor)")
+    parser.add_argument(
+        "--jobs", type=_positive, default=len(os.sched_getaffinity(0)), help="processes (default: one a processor)"
+    )
     parser.add_argument("--seed", type=int, default=None, help="replay this seed and print every step")
     parser.add_argument("--mutant", choices=[mutant.name for mutant in MUTANTS], help="with --seed: plant this bug")
     parser.add_argument(
@@ -118,4 +124,7 @@ def _mutants(pool: Searchers, names: Sequence[str], limit: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -97,11 +98,16 @@ _own: list[Cluster] = []
 
 
 def _connect(urls: SimpleQueue[str]) -> None:
+    # Ctrl-C ends it at once; else it would go on with what is queued.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     _own.append(Cluster(urls.get()))
 
 
 def _explore(seed: int) -> Result:
-    return run(_own[0], seed)
+    try:
+        return run(_own[0], seed)
+    except Exception as error:
+        raise RuntimeError(f"seed {seed} could not be run") from error
 
 
 def _search(name: str, first: int, limit: int) -> Found | None:
