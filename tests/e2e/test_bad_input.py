@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import lessor
 from lessor import JobState
 from tests.support.cluster import LESSOR, Cluster, running_cluster
+from tests.support.privileges import bind_by_modes
 
 pytestmark = pytest.mark.e2e
 
@@ -47,6 +49,11 @@ class Ran:
 
 def run(*arguments: str, timeout_s: float = 60, **environment: str) -> Ran:
     """Runs the installed ``lessor`` as a user does in a script."""
+    return run_as(None, *arguments, timeout_s=timeout_s, **environment)
+
+
+def run_as(becomes: Callable[[], None] | None, *arguments: str, timeout_s: float = 60, **environment: str) -> Ran:
+    """Runs it after the new process has done something to itself."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("LESSOR_")}
     done = subprocess.run(
         [str(LESSOR), *arguments],
@@ -55,6 +62,7 @@ def run(*arguments: str, timeout_s: float = 60, **environment: str) -> Ran:
         text=True,
         timeout=timeout_s,
         env={**kept, **environment},
+        preexec_fn=becomes,
     )
     return Ran(done.returncode, done.stdout, done.stderr)
 
@@ -261,11 +269,11 @@ async def test_bad_flags_of_an_agent(cluster: Cluster, tmp_path: Path, pool: asy
     assert await pool.fetchval("SELECT count(*) FROM agent") == 0
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
 async def test_an_agent_on_a_directory_it_cannot_write(tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
-    (await asyncio.to_thread(run, "agent", "--state-dir", str(closed / "state"))).refused("--state-dir", code=1)
+    ran = await asyncio.to_thread(run_as, bind_by_modes, "agent", "--state-dir", str(closed / "state"))
+    ran.refused("--state-dir", code=1)
 
 
 async def test_two_agents_on_one_state_directory(cluster: Cluster, client: lessor.AsyncClient) -> None:

@@ -33,6 +33,7 @@ from lessor_server.embedded import (
 from lessor_server.embedded import binaries as binaries_module
 from lessor_server.embedded import postgres as postgres_module
 from lessor_server.embedded.binaries import unprivileged_account
+from tests.support.privileges import bound_by_modes
 from tests.support.processes import wait_gone
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
@@ -382,8 +383,7 @@ def test_an_ordinary_user_runs_it_as_himself(data_dir: Path) -> None:
     pytest.skip(f"user nobody can run no Python with this environment: {'; '.join(refusals)}")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_directory_without_the_right_to_write_is_named(data_dir: Path) -> None:
     data_dir.mkdir(mode=0o500)
     with pytest.raises(DataDirUnusable, match="cannot be written"):
-        EmbeddedPostgres(data_dir).start()
+        bound_by_modes(EmbeddedPostgres(data_dir).start)
