@@ -221,10 +221,22 @@ class Database:
             except TimeoutError:
                 # What happened to this connection happened to all: were each found out by a
                 # statement of its own, no agent would be renewed in the meantime.
-                await pool.expire_connections()
+                if pool is self._vital:
+                    await self._expire_connections()
+                else:
+                    await pool.expire_connections()
                 raise
 
         return await guarded(run)
+
+    async def _expire_connections(self) -> None:
+        """Has every connection replaced that is not in use, before its next use: the host behind them has vanished.
+
+        On the others a statement takes a minute to find out.
+        """
+        for pool in (self._vital, self.pool, self._reading):
+            await pool.expire_connections()
+        await self._engine.dispose(close=False)
 
     async def query(self, text: str, *arguments: Any) -> list[asyncpg.Record]:
         """Runs one statement that is not of ``sql/``, with $1, $2, …, as :meth:`fetch` does.

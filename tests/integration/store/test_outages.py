@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from datetime import timedelta
+from typing import Any
 
 import pytest
+import sqlalchemy
 
 from lessor import timing
 from lessor.lifecycle import LeasePhase
@@ -122,6 +124,8 @@ async def test_connections_whose_host_vanished_are_given_up_all_at_once(
     renewal = {"session_ids": [lease.session.session_id], "epochs": [lease.session.epoch]}
     # All of the vital connections are open.
     await asyncio.gather(*(database.fetch("renew", **renewal) for _ in range(2 * connections.VITAL_CONNECTIONS)))
+    # And some of each other kind.
+    await asyncio.gather(*(each for _ in range(3) for each in every_other_way(database)))
     proxy.freeze()
     with monkeypatch.context() as patch:
         patch.setattr(connections, "SHORT_TIMEOUT_S", 0.2)
@@ -129,8 +133,24 @@ async def test_connections_whose_host_vanished_are_given_up_all_at_once(
             await database.fetch("renew", **renewal)
     rows = await database.fetch("renew", **renewal)
     assert [row["id"] for row in rows] == [lease.session.session_id], "the next one does not meet a dead connection"
+    async with asyncio.timeout(30):
+        await asyncio.gather(*(each for _ in range(3) for each in every_other_way(database)))
     proxy.go_away()
     await database.close()
+
+
+def every_other_way(database: Database) -> list[Coroutine[Any, Any, object]]:
+    """Statements on each of the pools that keep no lease alive: a Hello among them must not wait for a minute."""
+
+    async def transaction() -> None:
+        async with database.transaction() as transaction:
+            await transaction.fetch("read_leader")
+
+    async def read() -> None:
+        async with database.read() as connection:
+            await connection.execute(sqlalchemy.text("SELECT 1"))
+
+    return [database.query("SELECT 1"), database.look("SELECT 1"), transaction(), read()]
 
 
 async def test_a_server_stopped_while_it_moves_the_lease_numbers_holds_nothing(
