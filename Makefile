@@ -104,6 +104,16 @@ sim-mutants: $(READY) ## Plant bugs; count the seeds until the simulation finds 
 model: $(READY) ## Search every state of the model of the lease protocol, and its planted bugs
 	@$(BIN)/python -m tests.model
 
+CONFORMANCE := build/conformance.json
+
+# All but the test of the table that is about to be written.
+.PHONY: conformance
+conformance: $(READY) ## Hold every runtime to the suite; write the table of docs/runtimes.md
+	@mkdir -p $(dir $(CONFORMANCE))
+	@$(BIN)/python -m pytest -p lessor_agent.testing.conformance.plugin --conformance-report $(CONFORMANCE) \
+		-n $(WORKERS) --dist worksteal tests/conformance --ignore=tests/conformance/test_page.py $(PYTEST_ARGS)
+	@$(BIN)/python -m lessor_agent.testing.conformance.table $(CONFORMANCE) --page docs/runtimes.md
+
 .PHONY: check
 check: $(READY) ## Lint, format, types, layers, contract
 	@$(BIN)/ruff check $(CHECKED)

@@ -164,7 +164,10 @@ class Execution(ABC):
 
     @abstractmethod
     async def wait(self) -> Exit:
-        """Returns how it ended, once its whole tree is gone. May be called again, and by several tasks."""
+        """Returns how it ended, once its whole tree is gone and all its output is in its files.
+
+        May be called again, and by several tasks.
+        """
 
     @property
     @abstractmethod
@@ -189,7 +192,10 @@ class Execution(ABC):
 
     @abstractmethod
     async def forget(self) -> None:
-        """Removes what it left behind (files, records). Called after the end and the last log byte are acked."""
+        """Removes what it left behind (files, records). A second call does nothing.
+
+        Called after the end and the last log byte are acked.
+        """
 
 
 class Runtime(ABC):

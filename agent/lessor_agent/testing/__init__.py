@@ -1,4 +1,7 @@
-"""For tests of agents, and of runtimes: what stands in for a host."""
+"""For tests of agents, and of runtimes: what stands in for a host.
+
+The suite that every runtime is held to is :mod:`lessor_agent.testing.conformance`, which alone needs pytest.
+"""
 
 from lessor_agent.testing.scripted import ScriptedExecution, ScriptedHost, ScriptedRuntime
 
