@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -28,11 +29,13 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_logging() -> Iterator[None]:
-    """What a test sets up of logging ends with it: a handler would go on to write into a stream that is closed."""
+def own_process_state() -> Iterator[None]:
+    """What a test sets up of this process ends with it: the umask, and handlers that write into a closed stream."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    umask = os.umask(0o022)
     yield
+    os.umask(umask)
     for handler in root.handlers[:]:
         if handler not in handlers:
             root.removeHandler(handler)

@@ -154,7 +154,7 @@ class Planted(RuntimeConformance):
         return ProcessRuntime(context)
 
 
-def planted(runtime: type[Runtime], patience: timedelta = RuntimeConformance.patience) -> RuntimeConformance:
+def planted(runtime: type[Runtime], patience: timedelta = 2 * RuntimeConformance.patience) -> RuntimeConformance:
     """Returns the suite over a runtime."""
     return type("Planted", (Planted,), {"runtime_class": runtime, "patience": patience})()
 

@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from lessor import timing
+from lessor.sdk.wire import duration_message
 from lessor.v1 import agent_service_pb2 as pb
 from lessor.v1 import job_pb2, job_service_pb2
 from lessor_server.server import Server
@@ -173,7 +174,8 @@ async def test_a_zombies_late_report_changes_nothing(client: Client, agent: RawA
     await agent.leave()
     await advance_lease_time(pool, timedelta(minutes=2))
     await client.until(job_id, job_pb2.JOB_STATE_QUEUED)
-    other = RawAgent(client, "raw-agent-2")
+    # It is not asked for a heartbeat while the planner waits for the one that was there before.
+    other = RawAgent(client, "raw-agent-2", heartbeat_interval=duration_message(2 * timing.FLEET_SETTLES))
     await other.connect()
     newer = await other.grant()
     await other.run(newer)
