@@ -110,7 +110,7 @@ CONFORMANCE := build/conformance.json
 .PHONY: conformance
 conformance: $(READY) ## Hold every runtime to the suite; write the table of docs/runtimes.md
 	@mkdir -p $(dir $(CONFORMANCE))
-	@$(BIN)/python -m pytest -p lessor_agent.testing.conformance.plugin --conformance-report $(CONFORMANCE) \
+	@LESSOR_PLANTED_FAULTS=1 $(BIN)/python -m pytest -p lessor_agent.testing.conformance.plugin --conformance-report $(CONFORMANCE) \
 		-n $(WORKERS) --dist worksteal tests/conformance --ignore=tests/conformance/test_page.py $(PYTEST_ARGS)
 	@$(BIN)/python -m lessor_agent.testing.conformance.table $(CONFORMANCE) --page docs/runtimes.md
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -177,6 +178,7 @@ async def failed(fault: Fault, checks: Iterable[HeldCheck]) -> dict[Check, str]:
     return {each.check: text for each, text in zip(held, said, strict=True) if text is not None}
 
 
+@pytest.mark.skipif("LESSOR_PLANTED_FAULTS" not in os.environ, reason="takes a minute and a half: make conformance")
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 async def test_a_planted_fault_fails_its_checks_and_no_others(fault: Fault) -> None:
     found = await failed(fault, [each for each in held_checks(RuntimeConformance) if each.check in fault.checks()])

