@@ -100,8 +100,9 @@ def _read(path: str) -> bytes:
     """Returns what a file of /proc holds, at a third of what a file object takes: a tree may have thousands."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        data = os.read(fd, _READ_BYTES)
-        while len(data) % _READ_BYTES == 0 and (more := os.read(fd, _READ_BYTES)):
+        data = b""
+        # To the end: the kernel gives whole lines and words, less than was asked for though there is more.
+        while more := os.read(fd, _READ_BYTES):
             data += more
     finally:
         os.close(fd)

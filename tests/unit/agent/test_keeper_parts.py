@@ -18,7 +18,7 @@ from lessor_agent.keeper import tree, zygote
 from lessor_agent.keeper.directory import LeaseDirectory, LockTaken, Outcome, make_lease_directory
 from lessor_agent.keeper.kernel import keeper_title, parse_keeper_title
 from lessor_agent.keeper.record import EXPIRED, DeadlineRecord
-from lessor_agent.keeper.tree import Process, all_processes, below, read_process, send
+from lessor_agent.keeper.tree import Process, all_processes, below, children_of, offspring, read_process, send
 
 BOOT = "01234567-89ab-cdef-0123-456789abcdef"
 OTHER_BOOT = "11234567-89ab-cdef-0123-456789abcdef"
@@ -231,6 +231,18 @@ def test_below_follows_parents_and_leaves_others() -> None:
     assert sorted(p.pid for p in found) == [3, 4, 6, 7]
     assert [p.pid for p in found].index(3) < [p.pid for p in found].index(4)
     assert below(table, [6]) == []
+
+
+def test_all_of_many_children_are_found() -> None:
+    # More than one page of /proc lists. They end with the pipe, when nobody can write into it any more.
+    script = "exec 3<&0; for n in $(seq 1500); do read line <&3 & done; echo up; wait"
+    shell = subprocess.Popen(["/bin/sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert shell.stdout is not None
+        assert shell.stdout.readline() == b"up\n"
+        assert len(children_of(shell.pid)) == len(list(offspring(shell.pid))) == 1500
+    finally:
+        shell.communicate()
 
 
 def test_own_process_is_found_and_a_later_one_of_its_pid_is_spared() -> None:
